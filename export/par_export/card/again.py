@@ -200,7 +200,7 @@ def _product(line: Value) -> None:
     line["kernel"].one_of(PRODUCT_KINDS)
     for name in ("rows", "BN", "BK", "split", "warps", "stages", "parts"):
         line[name].integer(1, LARGEST_COUNT)
-    for name in ("ahead", "held"):
+    for name in ("ahead", "held", "columns", "block_rows", "depth"):
         line[name].integer(0, LARGEST_COUNT)
     for name in ("chosen", "at_once"):
         line[name].boolean()

@@ -23,6 +23,7 @@ from par_export.card.lines import Emit, check
 from par_export.card.product_files import ProductKernels
 from par_export.card.subject import POOL_NUMBERS, STD, as_type, random_numbers
 from par_export.kernels.product_trials import Product, Trial
+from par_export.kernels.tile_shapes import numbers_of
 from par_runtime.backends import cuda
 from par_runtime.backends.kernels.modules import Module, Prepared
 from par_runtime.bench.gpu import runs_ms
@@ -35,6 +36,8 @@ MOST_LAYERS = 192  #: matrices, at most; of PAR-L's wo so many are 400 MB
 REPEATS = 5
 EPS = 1e-5  #: of a norm
 POWER = 2.0  #: that the gains are to be multiplied with
+#: Numbers that only some shapes have.
+NOT_MANY = {"columns": 0, "block_rows": 0, "depth": 0, "ahead": 0, "held": 0}
 
 
 def time_products(spec: Mapping[str, Any], emit: Emit) -> None:
@@ -83,10 +86,8 @@ def _one(bench: _Bench, trial: Trial, entry: Mapping[str, Any], kernels: Product
             model=trial.product.model,
             kernel=trial.product.kind,
             rows=trial.product.rows,
-            **{
-                each: getattr(trial.tile, each)
-                for each in ("BN", "BK", "split", "warps", "stages", "parts", "ahead", "held")
-            },
+            **(NOT_MANY | numbers_of(trial.tile)),
+            parts=trial.tile.parts,
             at_once=trial.at_once,
             chosen=entry["chosen"],
             model_us=trial.model_us,
@@ -159,7 +160,7 @@ class _Bench:
                 "h": rows * product.out_stride * 2,
                 "ss": rows * tiles * 4,
                 "partial": max(sums) * 4,
-                "counters": tiles * 4,
+                "counters": max(trial.grid[0] * trial.grid[1] for trial in trials) * 4,
             }
         sizes["weights"] = max(trial.packed_bytes for trial in trials)
         sizes |= {"scales": max(trial.scale_bytes for trial in trials)} if product.bits else {}

@@ -19,7 +19,8 @@ from par_export.card.processes import run_stage
 from par_export.card.product_files import REPEAT, ProductKernels, compiled
 from par_export.card.session import GRACE_S, Session
 from par_export.kernels.build import target
-from par_export.kernels.product_trials import Trial, as_a_build_chooses, trials_of
+from par_export.kernels.product_trials import MOST_ROWS_TRIED, Trial, as_a_build_chooses, trials_of
+from par_export.kernels.spec import power
 from par_export.kernels.step_weights import BITS
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_shapes import NUMBERS, Storage, rows_of
@@ -64,7 +65,8 @@ def trials_for(models: Sequence[Model], images: Sequence[int], card: Target) -> 
     of_rows: dict[int, dict[tuple[str, Codes | None], Model]] = {}
     for model, n, codes in shaped(models):
         for batch in images:
-            of_rows.setdefault(rows_of(2 * n * batch), {})[model.name, codes] = model
+            rows = max(rows_of(2 * n * batch), min(power(2 * n * batch), MOST_ROWS_TRIED))
+            of_rows.setdefault(rows if codes is None else rows_of(rows), {})[model.name, codes] = model
     out: list[Trial] = []
     for rows in sorted(of_rows):
         for (name, codes), model in of_rows[rows].items():

@@ -17,7 +17,7 @@ Line = Mapping[str, Any]
 LEAST_BYTES = 2**20
 ALL = "sum of these in a call"
 #: What tells shapes apart, of products and of attention.
-SHOWN = ("BN", "BK", "split", "span", "chunk", "warps", "stages", "held")
+SHOWN = ("BN", "BK", "split", "columns", "block_rows", "depth", "span", "chunk", "warps", "stages", "held")
 
 
 def shapes_table(runs: Sequence[Findings]) -> str:

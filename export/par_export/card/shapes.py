@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +30,7 @@ from par_export.kernels.shape_sets import ShapeSet, contents_of, is_of, sets_of,
 from par_export.kernels.step_weights import PRODUCTS
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import model_us
-from par_export.kernels.tile_shapes import SOURCES
+from par_export.kernels.tile_shapes import SOURCES, numbers_of
 from par_export.quantised import Codes
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine
@@ -200,7 +199,7 @@ def _lines(
             }
             if tile is not None:
                 facts["model_us"] = model_us(contents.config, str(kind), tile, batch, one.card(card))
-            yield about | {"kernel": kind or timed["source"], "tile": asdict(tile) if tile else {}} | facts
+            yield about | {"kernel": kind or timed["source"], "tile": numbers_of(tile) if tile else {}} | facts
         yield about | {"kernel": CALL, "tile": {}, "count": 1, "bytes": 0, "samples_us": subject.call_us(batch)}
         for kind in sorted(missing):
             session.leave_out(f"shapes of {label}: {kind} of set {one.number}", "the compiler refused its shape")

@@ -29,13 +29,15 @@ def plan(
     target: Target,
     refused: Refused = frozenset(),
     given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
+    at: int = 1,
 ) -> Planned:
-    """The step and, where the bundle has images, the decoder. ``given``: shapes of tiles that were measured.
+    """The step and, where the bundle has images, the decoder. ``given``: shapes of tiles that were measured with ``at``
+    images.
 
     Raises BuildError, BundleError, OSError.
     """
     config, vq = contents.config, contents.tokenizer
-    tiles = choose(config, images, target, refused, given, storages(contents.step))
+    tiles = choose(config, images, target, refused, given, storages(contents.step), at)
     phases = [phase.name for phase in contents.bundle.phases]
     planned = plan_step.plan(config, contents.step, contents.read, phases, images, contents.precision, target, tiles)
     if vq is not None:

@@ -5,7 +5,8 @@ What the shapes of ``tiles.py`` must keep to:
 - BN is a power of 2 from 16, BK from 16; a panel's columns come in 16s, in which partners lie 8 apart.
 - BN, BK, parts of K and spans of keys are the same for all batches: weights are packed once, and a row's sums have the
   same order in every batch. Warps and stages may differ.
-- A block takes BM = ``tiles.rows_of(M)`` rows, 8 to 64; shared memory is ``tiles.shared_bytes``.
+- A block takes BM = ``tile_shapes.rows_of`` rows, 8 to 64, or up to 256 in a shape of many rows; shared memory is
+  ``tile_shapes.shared_bytes``.
 - The tiles of ``wo`` and ``w2`` decide how many sums of squares a consumer of x adds up, in registers.
 - Codes come in whole pieces, whose rows are of one group (``ProductTile.sub``), BK is a number of pieces.
 - ``ahead`` is a multiple of 16 bytes.
@@ -70,7 +71,9 @@ def plan(
     first = tiles[images[0]]
     for kind, of_kind in storages(stored).items():
         for storage in of_kind:
-            shapes = {(t.BN, t.BK, t.split, t.sub) for t in (tiles[count].of(kind, storage) for count in images)}
+            shapes = {
+                (t.BN, t.BK, t.split, t.parts, t.sub) for t in (tiles[count].of(kind, storage) for count in images)
+            }
             if len(shapes) > 1:
                 raise ValueError(f"panels of {kind} differ between batches: {sorted(shapes)}")
     add_weights(planned, sizes, stored, first, precision)
@@ -145,8 +148,14 @@ class _Profile(Batch):
         row = gain_row(self.sizes) * 4
         return "*fp32", Pointer("gains", norm * row, 2 * row if per_layer else 0)
 
-    def _of_product(self, tile: ProductTile) -> dict[str, Constant]:
-        return of_product(tile, self.bm, self.target.at_once)
+    def _product(
+        self, kind: str, layer: int, source: str, arguments: Arguments, constants: Mapping[str, Constant]
+    ) -> Launch:
+        """The launch of a product, whose own ``constants`` these are."""
+        tile = self.tile(kind, layer)
+        grid = (self.groups(kind, layer), self.blocks(kind, layer), tile.split if "SPLIT" in constants else 1)
+        every = dict(constants) | of_product(tile, self.bm(kind, layer), self.target.at_once)
+        return self._launch(source, grid, arguments, every, tile.block_warps, tile.block_stages)
 
     def _weights(self, kind: str, layer: int) -> Arguments:
         """The arguments for the matrix of a product, by the name that stands for those of all layers alike."""
@@ -183,7 +192,7 @@ class _Profile(Batch):
         return self._launch("step.embed", (self.m, -(-tiles // together), 1), arguments, constants, 4, 1)
 
     def _qkv(self, layer: int) -> Launch:
-        s, tile = self.sizes, self.tile("qkv", layer)
+        s = self.sizes
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("w2_squares")),
@@ -207,9 +216,7 @@ class _Profile(Batch):
             "SLOTS": s.slots,
             "SCALE": s.head**-0.5 * LOG2_E,
         }
-        constants |= self._of_product(tile)
-        grid = (self.groups, self.columns("qkv", layer), 1)
-        return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
+        return self._product("qkv", layer, "step.qkv", arguments, constants)
 
     def _attention(self) -> Launch:
         s, tile = self.sizes, self.tiles.attention
@@ -265,12 +272,9 @@ class _Profile(Batch):
             "STRIDE": self.stride,
             "SPLIT": tile.split,
         }
-        constants |= self._of_product(tile)
-        grid = (self.groups, self.columns(kind, layer), tile.split)
-        return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
+        return self._product(kind, layer, "step.residual", arguments, constants)
 
     def _gates(self, layer: int) -> Launch:
-        tile = self.tile("gates", layer)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("wo_squares")),
@@ -280,12 +284,10 @@ class _Profile(Batch):
             "M": ("i32", self.m),
         }
         constants = self._normed(self.columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
-        constants |= self._of_product(tile)
-        grid = (self.groups, self.columns("gates", layer), 1)
-        return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
+        return self._product("gates", layer, "step.gates", arguments, constants)
 
     def _head(self) -> Launch:
-        s, tile = self.sizes, self.tile("head", 0)
+        s = self.sizes
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("w2_squares")),
@@ -298,9 +300,8 @@ class _Profile(Batch):
             "COUNT": ("i32", self.images * s.query),
         }
         constants = self._normed(self.squares(0)) | {"QUERY": s.query, "V": s.vocab}
-        constants |= self._of_product(tile)  # two columns for each of an image's positions: M of them
-        grid = (self.groups, self.columns("head", 0), 1)
-        return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
+        # Two columns for each of an image's positions: M of them.
+        return self._product("head", 0, "step.head", arguments, constants)
 
     def _draw(self) -> Launch:
         s = self.sizes
@@ -332,7 +333,8 @@ def of_product(tile: ProductTile, bm: int, at_once: bool) -> dict[str, Constant]
     """
     of_codes = {"BITS": tile.bits, "GROUP": tile.group, "SUB": tile.sub}
     nothing: dict[str, Constant] = {} if tile.bits else {"scales": 0}
-    shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts}
+    shape = {"BN": tile.columns, "BK": tile.BK, "BM": bm, "PARTS": tile.parts}
+    shape |= {"PANELS": tile.panels, "DEEP": tile.many.depth} if tile.many else {"PANELS": 0, "DEEP": 0}
     follows = {"AHEAD": tile.ahead, "HELD": tile.held, "EARLY": at_once}
     return shape | follows | of_codes | nothing
 

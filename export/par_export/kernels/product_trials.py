@@ -18,15 +18,36 @@ from par_export.kernels.spec import Constant, Spec, round_up
 from par_export.kernels.step_batch import STRIDE_MULTIPLE
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import matrix_of, product_us
-from par_export.kernels.tile_shapes import NUMBERS, SCALE_BYTES, SOURCES, ProductTile, Storage, panel_bytes
-from par_export.kernels.tiles import MOST_HELD_BYTES, MOST_STAGES, holding, products, staged_of
+from par_export.kernels.tile_shapes import (
+    NUMBERS,
+    SCALE_BYTES,
+    SOURCES,
+    Many,
+    ProductTile,
+    Storage,
+    numbers_of,
+    panel_bytes,
+    rows_of,
+)
+from par_export.kernels.tiles import (
+    MANY_ROWS,
+    MOST_HELD_BYTES,
+    MOST_STAGES,
+    holding,
+    many_of,
+    products,
+    staged_of,
+)
 from par_model.config import PARConfig
 from par_runtime.backends.program import Launch, Pointer
 
 KINDS = ("gates", "w2", "qkv", "wo", "head")  #: of products, by the bytes that they read
 RESIDUALS = ("wo", "w2")
+OF_FEW = ("warps", "stages", "ahead", "held")  #: of a shape that is not of many rows
 LAYOUTS = 12  #: of a product, those that the model finds fastest
 LAYOUTS_OF_CODES = 8
+LAYOUTS_OF_MANY = 6  #: where blocks of many rows are tried too, each layout in several of them
+MOST_ROWS_TRIED = 256
 #: name -> type of the parameters of each source, where weights are numbers
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "step.gates": {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"},
@@ -45,15 +66,18 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 
 
 def shape_words(tile: Mapping[str, Any], at_once: bool) -> str:
-    """ "BN 64, BK 128, split 2, warps 4, stages 6, ahead 0, held 4, at once"."""
-    names = ("BN", "BK", "split", "warps", "stages", "ahead", "held")
+    """ "BN 64, BK 128, split 2, warps 4, stages 6, ahead 0, held 4, at once"; of a block of many rows "BN 32, BK 128,
+    split 1, columns 128, block_rows 256, depth 64, warps 8, stages 3", from its numbers (``tile_shapes.numbers_of``).
+    """
+    own = ("columns", "block_rows", "depth", "warps", "stages") if tile.get("columns") else OF_FEW
+    names = ("BN", "BK", "split", *own)
     return ", ".join([*(f"{name} {tile[name]}" for name in names), *(["at once"] if at_once else [])])
 
 
 @dataclass(frozen=True)
 class Product:
-    """The product of a ``kind`` of a model: ``rows`` of activations (8 to 64, a power of 2: those of one block) times a
-    matrix [depth, columns]. ``squares``: tiles in which the sums of squares of these rows come, as a build makes them.
+    """The product of a ``kind`` of a model: ``rows`` of activations (8 to 256, a power of 2) times a matrix
+    [depth, columns]. ``squares``: tiles in which the sums of squares of these rows come, as a build makes them.
     ``bits`` and ``group`` of its codes as in :class:`Storage`, 0 and 0 where weights are numbers; ``model`` has them in
     its name.
     """
@@ -100,7 +124,8 @@ class Product:
 @dataclass(frozen=True)
 class Trial:
     """A product in one shape. ``layout``: the place of its panels, parts and warps in the planner's order; ``planned``:
-    whether its stages and what it fetches ahead are those of the planner too. ``model_us``: what the model expects.
+    whether the planner weighs it, with these stages and with what it fetches ahead. ``model_us``: what the model
+    expects.
 
     ``dependent``: the kernel may be launched before the one ahead of it has ended, and with ``at_once`` as soon as that
     one has waited.
@@ -116,7 +141,7 @@ class Trial:
 
     def __str__(self) -> str:
         """ "PAR-L w2, 8 rows: BN 16, BK 256, split 1, warps 4, stages 6, ahead 0, held 0"."""
-        return f"{self.product}: {shape_words(asdict(self.tile), self.at_once)}"
+        return f"{self.product}: {shape_words(numbers_of(self.tile), self.at_once)}"
 
     @property
     def spec(self) -> Spec:
@@ -140,9 +165,9 @@ class Trial:
                 "F": product.out_columns,
                 "F_STRIDE": product.out_stride,
             }
-        constants |= of_product(tile, product.rows, self.at_once) | {"DEPENDENT": self.dependent}
-        parameters = tuple(self.parameters.items())
-        return Spec(self.source, tuple(constants.items()), parameters, tile.warps, tile.stages, self.dependent)
+        constants |= of_product(tile, self.block_rows, self.at_once) | {"DEPENDENT": self.dependent}
+        parameters, warps = tuple(self.parameters.items()), tile.block_warps
+        return Spec(self.source, tuple(constants.items()), parameters, warps, tile.block_stages, self.dependent)
 
     @property
     def source(self) -> str:
@@ -161,8 +186,18 @@ class Trial:
         return out
 
     @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return rows_of(self.product.rows, self.tile)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks: of rows, of columns, and parts of K."""
+        return -(-self.product.rows // self.block_rows), -(-self.tile_columns // self.tile.panels), self.tile.split
+
+    @property
     def tile_columns(self) -> int:
-        """Tiles of columns."""
+        """Tiles of columns: of so many each panel."""
         return -(-self.product.columns // self.tile.BN)
 
     @property
@@ -193,7 +228,7 @@ class Trial:
         arguments |= {"weights": Pointer("weights", 0, self.packed_bytes), "M": self.product.rows}
         if self.tile.bits:
             arguments["scales"] = Pointer("scales", 0, self.scale_bytes)
-        return Launch(kernel, (1, self.tile_columns, self.tile.split), tuple(arguments.values()))
+        return Launch(kernel, self.grid, tuple(arguments.values()))
 
     def to_json(self) -> dict[str, Any]:
         """It as plain values."""
@@ -202,22 +237,26 @@ class Trial:
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Trial:
         """From what :meth:`to_json` made."""
-        return Trial(**(dict(entry) | {"product": Product(**entry["product"]), "tile": ProductTile(**entry["tile"])}))
+        tile = dict(entry["tile"])
+        many = None if tile["many"] is None else Many(**tile["many"])
+        own = {"product": Product(**entry["product"]), "tile": ProductTile(**(tile | {"many": many}))}
+        return Trial(**(dict(entry) | own))
 
 
 def trials_of(model: str, config: PARConfig, rows: int, target: Target, storage: Storage = NUMBERS) -> Iterator[Trial]:
-    """All trials of a model for so many rows (8 to 64, a power of 2), what the planner chooses for them first.
+    """All trials of a model for so many rows (8 to 256, a power of 2), what the planner chooses for them first.
 
     ``storage``: of its matrices; those of which K is not whole groups are left out, since they stay numbers.
     The planner is asked as for an engine of that batch alone. Each layout is tried with up to three numbers of stages,
     from the most that fits to 2, and the planner's choice also without fetching ahead; then with weights held, and with
-    the next kernel launched at once beside that.
+    the next kernel launched at once beside that. Where there are enough rows, a layout is tried in every block of many
+    rows that the planner weighs, and in its best shape for few; of layouts that differ in the rows of a panel alone,
+    which these blocks hardly feel, the first only.
     """
     one, images = replace(config, group_size=1), rows // 2  # so many images of one position are so many rows
-    most = LAYOUTS_OF_CODES if storage.bits else LAYOUTS
     stored = {kind: NUMBERS if storage.bits and matrix_of(one, kind)[1] % storage.group else storage for kind in KINDS}
     shapes = {
-        kind: [shape[images] for shape in products(one, kind, (images,), target, storage=stored[kind])[:most]]
+        kind: _layouts([shape[images] for shape in products(one, kind, (images,), target, storage=stored[kind])], rows)
         for kind in KINDS
     }
     for kind, planned in shapes.items():
@@ -228,40 +267,63 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target, storage:
         squares = -(-config.dim // before[0].BN)
         product = Product(model, kind, rows, columns, depth, squares, storage.bits, storage.group)
         for layout, chosen in enumerate(planned):
-            for tile, at_once in _tried(chosen, columns, depth, rows, target):
+            for tile, at_once, weighed in _tried(chosen, kind, columns, depth, rows, target):
                 us = product_us(replace(tile, held=0), columns, depth, rows, target)
-                planned_so = tile == chosen and at_once == target.at_once
-                yield Trial(product, tile, layout, planned_so, us, target.dependent, at_once)
+                yield Trial(product, tile, layout, weighed, us, target.dependent, at_once)
+
+
+def _layouts(planned: Sequence[ProductTile], rows: int) -> Sequence[ProductTile]:
+    """Those of the planner's layouts that are tried, in its order."""
+    if planned[0].bits:
+        return planned[:LAYOUTS_OF_CODES]
+    if rows < min(MANY_ROWS):
+        return planned[:LAYOUTS]
+    first = dict[tuple[int, int], ProductTile]()
+    for tile in planned:
+        first.setdefault((tile.BN, tile.split), tile)
+    return list(first.values())[:LAYOUTS_OF_MANY]
 
 
 def _tried(
-    chosen: ProductTile, columns: int, depth: int, rows: int, target: Target
-) -> Iterator[tuple[ProductTile, bool]]:
-    """What is tried of a layout, each with whether the next kernel is launched at once: the planner's choice, and the
-    same without fetching ahead, if the planner does so; other numbers of stages; then what holds as many weights as
-    fit.
+    chosen: ProductTile, kind: str, columns: int, depth: int, rows: int, target: Target
+) -> Iterator[tuple[ProductTile, bool, bool]]:
+    """What is tried of a layout, each with whether the next kernel is launched at once, and whether the planner weighs
+    it: the planner's choice first.
     """
-    fit = {tile.stages: tile for tile in staged_of(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)}
+    few = replace(chosen, many=None, stages=MOST_STAGES)
+    fit = {tile.stages: tile for tile in staged_of(few, columns, depth, rows_of(rows), target)}
+    many = list(many_of(few, kind, columns, depth, rows, target))
+    if many:
+        best = min(fit.values(), key=lambda tile: product_us(tile, columns, depth, rows, target), default=None)
+        others = [*many, *([] if best is None else [best])]
+        yield from ((tile, target.at_once, True) for tile in sorted(others, key=lambda each: not _same(each, chosen)))
+        return
     most = max(fit)
     stages = [*dict.fromkeys((chosen.stages, most, (most + 3) // 2, 2))][:3]
-    first, *others = (fit[count] for count in stages)
-    tried = dict.fromkeys((first, replace(first, ahead=0), *others))
-    yield from ((tile, target.at_once) for tile in tried)
+    first, *more = (fit[count] for count in stages)
+    tried = dict.fromkeys((first, replace(first, ahead=0), *more))
+    yield from ((tile, target.at_once, tile == chosen) for tile in tried)
     held = holding(chosen, MOST_HELD_BYTES // panel_bytes(chosen), columns, depth, rows, target)
     if held.held:
-        yield from ((held, at_once) for at_once in (False, True) if (held, at_once) != (chosen, target.at_once))
+        yield from ((held, each, False) for each in (False, True) if (held, each) != (chosen, target.at_once))
+
+
+def _same(tile: ProductTile, chosen: ProductTile) -> bool:
+    """Whether it is the choice: of many rows the same block, of few the same stages."""
+    return tile.many == chosen.many and (tile.many is not None or tile.stages == chosen.stages)
 
 
 def as_a_build_chooses(trials: Sequence[Trial], refused: Sequence[Trial]) -> Trial | None:
-    """What a build makes of a product, whose ``trials`` these are: the planner's first choice, or, where the compiler
-    has ``refused`` that one, the first with other panels, and so on; None where none is left.
+    """What a build makes of a product, whose ``trials`` these are: what the planner finds the fastest, or, where the
+    compiler has ``refused`` that one, the next in other blocks, and so on; None where none is left.
     """
-    gone: set[tuple[int, int]] = set()
-    for trial in sorted((each for each in trials if each.planned), key=lambda each: each.layout):
-        panel = trial.tile.BN, trial.tile.BK
-        if panel in gone:
+    gone: set[tuple[int, int, int, int]] = set()
+    for trial in sorted((each for each in trials if each.planned), key=lambda each: (each.model_us, each.layout)):
+        tile = trial.tile
+        block = tile.columns, tile.BK, trial.block_rows, tile.panels if tile.many else 0
+        if block in gone:
             continue
         if trial not in refused:
             return trial
-        gone.add(panel)
+        gone.add(block)
     return None

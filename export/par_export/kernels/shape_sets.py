@@ -72,7 +72,7 @@ class ShapeSet:
     ) -> Planned:
         """A ``Planner``: without the shapes that the compiler refused, whose kinds are as the model chooses them."""
         left = {kind: tile for kind, tile in self.shapes.items() if not _is_refused(kind, tile, refused)}
-        return plan(contents, images, self.card(target), refused, left)
+        return plan(contents, images, self.card(target), refused, left, images[0])
 
 
 def contents_of(path: Path) -> Contents:
@@ -104,23 +104,27 @@ def sets_of(contents: Contents, images: Sequence[int], card: Target, most: int =
 
 def tiles_of(contents: Contents, images: Sequence[int], card: Target, one: ShapeSet) -> Mapping[int, Tiles]:
     """The shapes of an engine of a set by batch, if the compiler refuses none. Raises BuildError."""
-    return choose(contents.config, images, one.card(card), given=one.shapes, storages=storages(contents.step))
+    stored = storages(contents.step)
+    return choose(contents.config, images, one.card(card), given=one.shapes, storages=stored, at=images[0])
 
 
 def is_of(tile: Tile, kernel: Kernel) -> bool:
     """Whether ``kernel`` was compiled in this shape. Its stages are not in an engine; what they take is."""
     constants = kernel.constants
     if isinstance(tile, ProductTile):
-        wanted = {"BN": tile.BN, "BK": tile.BK, "BITS": tile.bits, "GROUP": tile.group}
-        wanted |= {"AHEAD": tile.ahead, "HELD": tile.held}
+        wanted = {"BN": tile.columns, "BK": tile.BK, "BITS": tile.bits, "GROUP": tile.group}
+        wanted |= {"AHEAD": tile.ahead, "HELD": tile.held, "PANELS": tile.panels if tile.many else 0}
+        wanted |= {"BM": tile.many.rows, "DEEP": tile.many.depth} if tile.many else {}
         wanted |= {"SPLIT": tile.split} if "SPLIT" in constants else {}
     else:
         wanted = {"SPAN": tile.span, "CHUNK": tile.chunk, "HELD": tile.held}
-    return kernel.warps == tile.warps and all(constants[name] == value for name, value in wanted.items())
+    warps = tile.block_warps if isinstance(tile, ProductTile) else tile.warps
+    return kernel.warps == warps and all(constants[name] == value for name, value in wanted.items())
 
 
 def _is_refused(kind: str, tile: Tile, refused: Refused) -> bool:
     of = partial(shapes_of, refused, SOURCES[kind])
     if isinstance(tile, ProductTile):
-        return (tile.bits, tile.BN, tile.BK) in of(("BITS", "BN", "BK"))
+        panels = tile.panels if tile.many else 0
+        return (tile.bits, tile.columns, tile.BK, panels) in of(("BITS", "BN", "BK", "PANELS"))
     return (tile.span, tile.chunk, tile.held) in of(("SPAN", "CHUNK", "HELD"))

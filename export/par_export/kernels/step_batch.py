@@ -32,13 +32,19 @@ class Batch:
         return 2 * self.images * self.sizes.query
 
     @cached_property
-    def bm(self) -> int:
-        return rows_of(self.m)
+    def rows(self) -> int:
+        """Rows of the buffers: of all blocks of any product, whose last one may have rows that are none."""
+        s = self.sizes
+        kinds = [(kind, i) for i in range(s.layers) for kind in ("qkv", "wo", "gates", "w2")] + [("head", 0)]
+        return max(self.groups(kind, layer) * self.bm(kind, layer) for kind, layer in kinds)
 
-    @property
-    def groups(self) -> int:
-        """Groups of BM rows."""
-        return -(-self.m // self.bm)
+    def bm(self, kind: str, layer: int) -> int:
+        """Rows of a block of a product in that layer."""
+        return rows_of(self.m, self.tile(kind, layer))
+
+    def groups(self, kind: str, layer: int) -> int:
+        """Groups of so many rows."""
+        return -(-self.m // self.bm(kind, layer))
 
     @property
     def stride(self) -> int:
@@ -73,12 +79,21 @@ class Batch:
     @property
     def counters(self) -> int:
         """Counters that any launch uses."""
-        return max(self.groups * max(self.most_columns("wo"), self.most_columns("w2")), self.of_heads)
+        of_sums = [
+            self.groups(kind, layer) * self.blocks(kind, layer)
+            for kind in ("wo", "w2")
+            for layer in range(self.sizes.layers)
+        ]
+        return max(*of_sums, self.of_heads)
 
     def columns(self, kind: str, layer: int) -> int:
-        """Tiles of columns of a product in that layer."""
+        """Panels of columns of a product in that layer."""
         n = {"qkv": 3 * self.sizes.d, "gates": 2 * self.sizes.ffn, "head": self.sizes.vocab}.get(kind, self.sizes.d)
         return -(-n // self.tile(kind, layer).BN)
+
+    def blocks(self, kind: str, layer: int) -> int:
+        """Blocks in which these panels are."""
+        return -(-self.columns(kind, layer) // self.tile(kind, layer).panels)
 
     def most_columns(self, kind: str) -> int:
         return max(self.columns(kind, layer) for layer in range(self.sizes.layers))
@@ -100,13 +115,14 @@ class Batch:
 
     def scratch(self) -> dict[str, int]:
         """name -> bytes. Rows are as many as whole blocks of threads take."""
-        s, rows, number = self.sizes, self.groups * self.bm, NUMBER_BYTES[self.precision]
+        s, rows, number = self.sizes, self.rows, NUMBER_BYTES[self.precision]
         splits = []
         for layer in range(s.layers):
             for kind in ("wo", "w2"):
                 tile = self.tile(kind, layer)
                 if tile.split > 1:
-                    splits.append(self.groups * self.columns(kind, layer) * tile.split * self.bm * tile.BN)
+                    sums = self.bm(kind, layer) * tile.columns
+                    splits.append(self.groups(kind, layer) * self.blocks(kind, layer) * tile.split * sums)
         attention = self.of_heads * self.spans * self.queries * self.wide
         return {
             "x": rows * self.stride * 4,

@@ -52,6 +52,11 @@ class Target:
         """Whether a kernel may be launched before the one ahead of it has ended, and wait for it by itself."""
         return self.early and self.capability >= 90
 
+    @property
+    def from_shared(self) -> bool:
+        """Whether the matrix units read what they multiply from shared memory: registers then hold the sums alone."""
+        return self.capability // 10 in (9, 10)
+
 
 #: The matrix rates of RTX cards are those with sums in fp32.
 TARGETS = {

@@ -34,8 +34,9 @@ NARROW = 1.5
 REACHED = 0.89
 #: A processor can draw more than its share of the bandwidth while others have nothing to do, but not much more.
 MOST_SHARE = 1.11
-#: Bandwidth of the L2 cache, in bandwidths of the memory.
-L2 = 1.3
+#: Bandwidth of the L2 cache, in bandwidths of the memory: where all rows are in one block, and where there are several
+#: groups of rows. In its rows an H200 read 9.4 TB/s for products of 256 rows in groups of 64.
+L2, L2_OF_MANY = 1.3, 2.0
 #: What every kernel costs: its start, the first way to memory and the last.
 START_US = 1.4
 #: Of shapes that the model finds equal, panels of this size were the fastest: what a factor of 2 adds to the time.
@@ -65,33 +66,35 @@ def model_us(config: PARConfig, kind: str, tile: ProductTile | AttentionTile, im
 
 def product_us(tile: ProductTile, columns: int, depth: int, positions: int, target: Target) -> float:
     """What the model thinks that a product of ``positions`` rows takes."""
-    rows = rows_of(positions)
+    rows = rows_of(positions, tile)
     groups = -(-positions // rows)
-    turns = -(-depth // tile.BK)
-    of_part = -(-turns // tile.split)  # of K: turns of one block
-    blocks = -(-columns // tile.BN) * tile.split
-    panel = tile.storage.bytes(tile.BN * tile.BK)
-    weights = -(-columns // tile.BN) * turns * panel
-    # How many blocks a processor has at a time: shared memory, threads (64 warps; 48 on RTX cards), and about 96
-    # registers a thread.
+    panels = -(-depth // tile.BK)
+    of_part = -(-panels // tile.split) * (tile.BK // tile.depth)  # of K: turns of one block
+    blocks = -(-columns // tile.columns) * tile.split
+    panel = tile.storage.bytes(tile.columns * tile.depth)
+    weights = tile.storage.bytes(-(-columns // tile.BN) * tile.BN * panels * tile.BK)
+    # How many blocks a processor has at a time: shared memory, threads (64 warps; 48 on RTX cards), and registers,
+    # about 96 a thread beside the sums of many rows.
     shared = shared_bytes(tile, rows) + 1024
+    warps = tile.block_warps
+    sums = tile.columns * rows * tile.parts // (32 * warps) if tile.many else 0
     room = min(
         target.shared_processor // shared,
-        (64 if target.shared_processor > 128 * 1024 else 48) // tile.warps,
-        target.registers // (96 * 32 * tile.warps),
+        (64 if target.shared_processor > 128 * 1024 else 48) // warps,
+        target.registers // ((96 + sums) * 32 * warps),
     )
     busiest = -(-blocks * groups // target.processors)
     at_once = max(1, min(room, busiest))
     # One processor: what it has on its way, its share of the bandwidth, and what the turns of all its blocks take.
-    inputs = tile.BK * rows * BYTES
-    flops = 2 * tile.BN * tile.BK * rows * (OLDER if tile.bits else tile.parts)
+    inputs = tile.depth * rows * BYTES
+    flops = 2 * tile.columns * tile.depth * rows * (OLDER if tile.bits else 1 if tile.many else tile.parts)
     multiply = NARROW * flops * target.processors / (target.sheet.tflop_s * 1e6)
     turn = max((panel + inputs) / COPIED_PER_US, multiply) + TURN_US
     if tile.bits:
         makers = max(1, 16 * tile.warps // tile.BN) * (2 if rows >= SHARED_ROWS else 1)
         turn = max(turn, tile.BN * tile.BK * makers / CODES_PER_US)
     share = MOST_SHARE * _per_us(target) / target.processors
-    turn = max(turn, panel / min(share, at_once * (tile.stages - 1) * panel / LATENCY_US))
+    turn = max(turn, panel / min(share, at_once * (tile.block_stages - 1) * panel / LATENCY_US))
     own = busiest * of_part * turn
     if tile.bits:  # scales are asked for a turn ahead
         own = max(own, -(-busiest // at_once) * of_part * LATENCY_US)
@@ -99,9 +102,12 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     activations = blocks * groups * of_part * inputs
     partial = 2 * tile.split * positions * columns * 4 if tile.split > 1 else 0
     memory = weights / (REACHED * _per_us(target))
-    cache = (weights * groups + activations + partial) / (L2 * _per_us(target))
+    l2 = L2_OF_MANY if groups > 1 or tile.many else L2
+    cache = (weights * groups + activations + partial) / (l2 * _per_us(target))
     matrix = 2 * columns * depth * groups * rows / (target.sheet.tflop_s * 1e6)
-    time = max(own, memory, cache, matrix) * (1 + OTHER_PANEL * abs(math.log2(panel_bytes(tile) / BEST_PANEL)))
+    time = max(own, memory, cache, matrix)
+    if not tile.many:
+        time *= 1 + OTHER_PANEL * abs(math.log2(panel_bytes(tile) / BEST_PANEL))
     return time + START_US + BLOCK_US * (busiest - 1) + (JOIN_US if tile.split > 1 else 0)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from par_export.kernels.spec import Refused, power
 
 BYTES = 2  #: of a weight, an activation and a key: fp16 and bf16
 SCALE_BYTES = 2  #: of a scale: it is read as it is stored, in fp16 or bf16
-MOST_ROWS = 64  #: of one block
+MOST_ROWS = 64  #: of one block, where it is not one of many rows
 MOST_PARTS = 4  #: of the rows of a panel
 SUB_LEAST, SUB_MOST = 32, 128  #: bytes of codes of a column in a piece: the matrix units take four codes of a thread
 #: kind -> the source of its kernel
@@ -43,11 +43,27 @@ NUMBERS = Storage()
 
 
 @dataclass(frozen=True)
+class Many:
+    """A block of many rows (``sources/many.py``): ``columns`` of panels side by side times ``rows`` rows. A turn takes
+    ``depth`` rows of weights of each part of a panel; ``stages`` turns are in shared memory at a time.
+    """
+
+    columns: int
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class ProductTile:
     """A product in blocks of threads: each reads panels of ``BN`` columns by ``BK`` rows of weights, K in ``split``
     parts. ``stages`` panels are in shared memory at a time. Before the kernel ahead has ended, ``ahead`` bytes of
     weights are fetched into the L2 cache, and the last ``held`` panels of a block loaded into shared memory, where they
     stay. ``bits`` and ``group`` as in :class:`Storage`.
+
+    ``many``: in place of all that, how blocks of many rows take the same panels. ``BN``, ``BK``, ``split`` and
+    ``warps``, from which the parts of a panel follow, then say how the weights lie.
     """
 
     BN: int
@@ -59,6 +75,30 @@ class ProductTile:
     bits: int = 0
     group: int = 0
     held: int = 0
+    many: Many | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return self.many.columns if self.many else self.BN
+
+    @property
+    def panels(self) -> int:
+        """Panels that a block has side by side."""
+        return self.columns // self.BN
+
+    @property
+    def depth(self) -> int:
+        """Rows of weights that a block takes in a turn."""
+        return self.many.depth * self.parts if self.many else self.BK
+
+    @property
+    def block_warps(self) -> int:
+        return self.many.warps if self.many else self.warps
+
+    @property
+    def block_stages(self) -> int:
+        return self.many.stages if self.many else self.stages
 
     @property
     def storage(self) -> Storage:
@@ -98,6 +138,16 @@ class AttentionTile:
     held: int = 0
 
 
+def numbers_of(tile: ProductTile | AttentionTile) -> dict[str, int]:
+    """The numbers of a shape by name; those of a block of many rows in place of what it does without."""
+    out = asdict(tile)
+    many = out.pop("many", None)
+    if many is None:
+        return out
+    panels = {name: out[name] for name in ("BN", "BK", "split", "bits", "group")}
+    return panels | {"columns": many.pop("columns"), "block_rows": many.pop("rows")} | many
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The shapes of a step for one batch size: of its five products, and of attention.
@@ -125,9 +175,12 @@ def shapes_of(refused: Refused, source: str, names: tuple[str, ...]) -> set[tupl
     return {tuple(each[name] for name in names) for each in constants}
 
 
-def rows_of(positions: int) -> int:
-    """How many of ``positions`` rows a block takes: a power of 2 from 8, what the matrix units take at least."""
-    return min(MOST_ROWS, max(8, power(positions)))
+def rows_of(positions: int, tile: ProductTile | None = None) -> int:
+    """How many of ``positions`` rows a block takes, in the shape ``tile`` or one that is not of many rows: a power of 2
+    from 8, what the matrix units take at least.
+    """
+    most = tile.many.rows if tile is not None and tile.many else MOST_ROWS
+    return min(most, max(8, power(positions)))
 
 
 def panel_bytes(tile: ProductTile) -> int:
@@ -139,4 +192,6 @@ def shared_bytes(tile: ProductTile, rows: int) -> int:
     """Shared memory of a product: panels of weights and the rows that they are multiplied with, of each stage, and what
     is held.
     """
+    if tile.many:
+        return tile.many.stages * (tile.many.columns + rows) * tile.depth * BYTES
     return (tile.stages + tile.held) * (panel_bytes(tile) + rows * tile.BK * BYTES)

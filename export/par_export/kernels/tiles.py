@@ -25,6 +25,7 @@ from par_export.kernels.tile_shapes import (
     SOURCES,
     SUB_LEAST,
     AttentionTile,
+    Many,
     ProductTile,
     Storage,
     Tiles,
@@ -53,6 +54,12 @@ MOST_STEPS = 4  #: pieces of a block of K one after the other: each is a copy of
 MOST_HELD_BYTES, MOST_LOADED = 80 * 1024, 640
 WIDE_ROWS = 64  #: rows that the wide matrix instruction takes at least: keys of a block's own call have so many
 MOST_SPANS = 4  #: of keys that are held
+#: Of blocks of many rows: what is tried of each, in this order. A turn takes as many rows of a part as fit.
+MANY_ROWS, MANY_COLUMNS, MANY_DEPTH, MANY_STAGES = (256, 128, 64), (256, 128, 64), (64, 32, 16), (4, 3, 2)
+#: Of the registers of a thread, those for the sums of such a block, all parts together; the same where what is
+#: multiplied must be in registers too; and for the sums of one part where a thread must know a place in memory for each
+#: (caches, x) when it has them.
+MANY_SUMS, SUMS_AND_OPERANDS, PLACED_SUMS = 128, 64, 64
 
 
 def choose(
@@ -62,12 +69,14 @@ def choose(
     refused: Refused = frozenset(),
     given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
     storages: Mapping[str, Sequence[Storage]] = MappingProxyType({}),
+    at: int = 1,
 ) -> dict[int, Tiles]:
     """The shapes that the model finds fastest for ``config``, for guided batches of each of the sizes ``images``.
 
-    ``given``: shapes of some kinds ("qkv", "attention"), as measured at one batch size; for the others they keep their
-    panels and take as many of their stages as fit. ``storages``: how the matrices of a kind lie, quantised ones first;
-    of a kind that is not named, as numbers. Raises BuildError where ``refused`` leaves no shape.
+    ``given``: shapes of some kinds ("qkv", "attention"), as measured with ``at`` images; for other batches they keep
+    their panels, and take as many of their stages as fit, or blocks of many rows. ``storages``: how the matrices of a
+    kind lie, quantised ones first; of a kind that is not named, as numbers. Raises BuildError where ``refused`` leaves
+    no shape.
     """
     out: dict[int, dict[str, Any]] = {batch: {"kept": {}} for batch in images}
     gone = shapes_of(refused, SOURCES["attention"], ("SPAN", "CHUNK", "HELD"))
@@ -85,10 +94,10 @@ def choose(
                 out[batch][kind] = tile or keys[0]
             continue
         for storage in storages.get(kind, (NUMBERS,)):
-            gone = shapes_of(refused, SOURCES[kind], ("BITS", "BN", "BK", "BM"))
+            gone = shapes_of(refused, SOURCES[kind], ("BITS", "BN", "BK", "BM", "PANELS"))
             of_storage = {one[1:] for one in gone if one[0] == storage.bits}
             measured = tile if isinstance(tile, ProductTile) and tile.storage == storage else None
-            shapes = products(config, kind, images, target, of_storage, measured, storage)
+            shapes = products(config, kind, images, target, of_storage, measured, storage, at)
             if not shapes:
                 raise BuildError(
                     f"no shape of the product {kind} of {config.dim} wide models fits {target.name} at {max(images)} "
@@ -108,11 +117,13 @@ def products(
     gone: Collection[tuple[object, ...]] = (),
     given: ProductTile | None = None,
     storage: Storage = NUMBERS,
+    at: int = 1,
 ) -> list[dict[int, ProductTile]]:
     """Shapes of a kind of product for each batch size; what the model finds fastest comes first.
 
-    ``gone``: BN, BK and rows that are not to be among them. ``given``: with these panels, parts and warps alone, with
-    at most its stages, and at most so many panels held. ``storage``: of the matrices.
+    ``gone``: BN, BK, rows and PANELS of blocks that are not to be among them. ``given``: with these panels, parts and
+    warps alone, with at most its stages, and at most so many panels held; with ``at`` images in blocks of its own kind.
+    ``storage``: of the matrices.
     """
     columns, depth = matrix_of(config, kind)
     most = 2 * config.group_size * max(images)
@@ -126,20 +137,54 @@ def products(
         tiles, cost = {}, 0.0
         for batch in images:
             positions = 2 * config.group_size * batch
-            if (*layout[:2], rows_of(positions)) in gone:
-                break
+            rows = rows_of(positions)
             tile = ProductTile(*layout, given.stages if given else MOST_STAGES, 0, storage.bits, storage.group)
-            staged = staged_of(tile, columns, depth, rows_of(positions), target)
-            times = [(product_us(each, columns, depth, positions, target), each) for each in staged]
+            few = list(staged_of(tile, columns, depth, rows, target))
+            if (*layout[:2], rows, 0) in gone:
+                few = []
+            many = list(many_of(tile, kind, columns, depth, positions, target))
+            many = [each for each in many if (each.columns, each.BK, rows_of(positions, each), each.panels) not in gone]
+            if given is not None and batch == at:
+                few, many = ([], [each for each in many if each.many == given.many]) if given.many else (few, [])
+            times = [(product_us(each, columns, depth, positions, target), each) for each in (*few, *many)]
             if not times:
                 break
             time, best = min(times, key=lambda pair: pair[0])  # of equals the first, with most stages
             most = given.held if given else target.held_bytes // panel_bytes(best)
-            tiles[batch] = holding(best, most, columns, depth, rows_of(positions), target)
+            tiles[batch] = holding(best, most, columns, depth, rows, target)
             cost += time / batch  # per image: what counts most is how long one waits for a single one
         if len(tiles) == len(images):
             ranked.append((cost, tiles))
     return [tiles for _, tiles in sorted(ranked, key=lambda pair: pair[0])]  # of equals the one with larger panels
+
+
+def many_of(
+    tile: ProductTile, kind: str, columns: int, depth: int, positions: int, target: Target
+) -> Iterator[ProductTile]:
+    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit. Codes have none: as numbers of
+    so many columns they would be more than there are registers.
+    """
+    part = tile.BK // tile.parts
+    deep = next((each for each in MANY_DEPTH if part % each == 0), 0)
+    if tile.bits or not deep or positions < min(MANY_ROWS):
+        return
+    turns = -(-depth // tile.BK) // tile.split * (part // deep)
+    for wide in MANY_COLUMNS:
+        if wide % tile.BN or -(-columns // tile.BN) * tile.BN % wide:
+            continue
+        for rows in MANY_ROWS:
+            warps = 8 if wide >= 128 else 4
+            sums = wide * rows // (32 * warps)
+            most = MANY_SUMS if target.from_shared else SUMS_AND_OPERANDS
+            of_part = PLACED_SUMS if kind in ("qkv", "wo", "w2") else most
+            if rows > power(positions) or sums * tile.parts > most or sums > of_part:
+                continue
+            for stages in MANY_STAGES:
+                many = replace(tile, ahead=0, held=0, many=Many(wide, rows, deep, warps, stages))
+                fits = shared_bytes(many, rows) <= MOST_SHARED * target.shared_block
+                if fits and stages <= max(2, turns):
+                    yield many
+                    break
 
 
 def _layouts(
@@ -210,7 +255,7 @@ def holding(tile: ProductTile, most: int, columns: int, depth: int, rows: int, t
 
     What is held is loaded at once, so it must find room in registers too, and the rows that it is multiplied with.
     """
-    if tile.bits or not target.dependent:
+    if tile.bits or tile.many or not target.dependent:
         return tile
     panels = -(-depth // tile.BK)
     turns = panels // tile.split

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from par_export.engines.place import place
 from par_export.engines.publish import publish
@@ -27,8 +28,25 @@ from par_export.kernels.request import KernelsRequest
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import matrix_of
-from par_export.kernels.tile_shapes import NUMBERS, AttentionTile, ProductTile, Storage, panel_bytes, rows_of
-from par_export.kernels.tiles import MOST_HELD_BYTES, attentions, choose, few_spans, holding, holding_keys, products
+from par_export.kernels.tile_shapes import (
+    NUMBERS,
+    AttentionTile,
+    ProductTile,
+    Storage,
+    numbers_of,
+    panel_bytes,
+    rows_of,
+)
+from par_export.kernels.tiles import (
+    MOST_HELD_BYTES,
+    attentions,
+    choose,
+    few_spans,
+    holding,
+    holding_keys,
+    many_of,
+    products,
+)
 from par_model.config import PARConfig
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import CAPTURES, Capture, Engine
@@ -61,6 +79,11 @@ class Timing:
         """The median, per image."""
         return statistics.median(self.samples_ms) / self.images
 
+    def to_json(self) -> dict[str, Any]:
+        """It as plain values."""
+        tile = None if self.tile is None else numbers_of(self.tile)
+        return asdict(self) | {"tile": tile, "ms_per_image": self.ms_per_image}
+
 
 def tune_kernels(
     request: KernelsRequest,
@@ -91,7 +114,7 @@ def tune_kernels(
     with Compiler(request.workers) as compiler, TemporaryDirectory(prefix="parvis-tune-") as temporary:
         trials = _Trials(contents, card, compiler, Path(temporary), index, images, repeats, rounds, say)
         given, rows = trials.search(request.images, most)
-        final = Build(contents, request.images, card, compiler, partial(plan, given=given))
+        final = Build(contents, request.images, card, compiler, partial(plan, given=given, at=images))
         kept = trials.built(given, request.images)
         by_capture = trials.timings({"": (given, kept)}, CAPTURES)
         if not by_capture:
@@ -103,8 +126,8 @@ def tune_kernels(
             "capture": best.capture,
             "images": images,
             "device": device,
-            "tiles": {kind: asdict(tile) for kind, tile in given.items()},
-            "rows": [asdict(row) | {"ms_per_image": row.ms_per_image} for row in rows],
+            "tiles": {kind: numbers_of(tile) for kind, tile in given.items()},
+            "rows": [row.to_json() for row in rows],
         }
         out = folder_of_engines / f"{final.name}-{_folder_name(device)}"
         publish(out, bundle, None, {}, partial(final.write, device=device, tuned=tuned), say)
@@ -139,11 +162,17 @@ def candidates(
     else:
         shapes = [shape[at] for shape in products(config, kind, images, card, storage=storage)]
         first = shapes[0]
+        columns, depth = matrix_of(config, kind)
+        positions = 2 * config.group_size * at
+        many = [each for each in many_of(first, kind, columns, depth, positions, card) if each.many != first.many]
+        if first.many is not None:
+            others = [*many[:2], replace(first, many=None), *shapes[1:3], *many[2:], *shapes[3:]]
+            return [first, *others][:most]
         warps = [replace(first, warps=each) for each in (2, 4, 8) if each != first.warps]
         stages = [replace(first, stages=first.stages - 2)] if first.stages >= 4 else []
-        rows, panels = rows_of(2 * config.group_size * at), MOST_HELD_BYTES // panel_bytes(first)
-        held = holding(first, panels, *matrix_of(config, kind), rows, card)
-        others = [*([held] if held.held else []), *shapes[1:3], *warps[-1:], *stages, *shapes[3:], *warps[:-1]]
+        held = holding(first, MOST_HELD_BYTES // panel_bytes(first), columns, depth, rows_of(positions), card)
+        others = [*([held] if held.held else []), *shapes[1:3], *many[:2], *warps[-1:], *stages, *shapes[3:]]
+        others += warps[:-1]
     return [first, *others][:most]
 
 
@@ -195,7 +224,9 @@ class _Trials:
         self.count += 1
         out = self.folder / str(self.count)
         out.mkdir()
-        Build(self.contents, tuple(sizes), self.card, self.compiler, partial(plan, given=given)).write(out)
+        Build(self.contents, tuple(sizes), self.card, self.compiler, partial(plan, given=given, at=self.images)).write(
+            out
+        )
         return out
 
     def timings(
@@ -252,7 +283,7 @@ def table(rows: Sequence[Timing], best: Timing) -> list[str]:
 def _words(tile: Tile | None) -> str:
     if tile is None:
         return ""
-    given = {name: value for name, value in asdict(tile).items() if value or name not in ("bits", "group", "held")}
+    given = {name: value for name, value in numbers_of(tile).items() if value or name not in ("bits", "group", "held")}
     return ", ".join(f"{name} {value}" for name, value in given.items())
 
 

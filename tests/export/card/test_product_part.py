@@ -90,6 +90,31 @@ def test_all_products_are_checked_and_timed(card: Driver, tmp_path: Path) -> Non
     assert "### Products, each alone" in markdown([found])
 
 
+def test_products_of_many_rows_are_checked_and_timed(card: Driver, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two groups of 64 rows, or one of 128, whose panels lie as they do for few rows."""
+    small = [replace(SMALL, group_sizes=(4,))]
+    trials = trials_for(small, (16,), SM90)
+    assert {each.product.rows for each in trials} == {128}
+    blocks = {(each.tile.many is not None, each.block_rows) for each in trials}
+    assert blocks == {(False, 64), (True, 64), (True, 128)}
+    assert {each.tile.panels for each in trials} >= {1, 2, 4}
+    wrong = next(each for each in trials if each.tile.many and each.product.residual)
+    monkeypatch.setattr(card_products, "run_stage", here(card, {check_of(wrong): half("K")}))
+    found = of_products(tmp_path, models=small, images=(16,))
+    assert [line["name"] for line in found.wrong] == [check_of(wrong)]
+    lines = found.of("product")
+    assert [line["name"] for line in lines] == [each.spec.name for each in trials if each != wrong]
+    assert max(line["error"] for line in lines) < 1e-3
+    for line, trial in zip(lines, (each for each in trials if each != wrong), strict=True):
+        many = trial.tile.many
+        block = (many.columns, many.rows, many.depth, many.warps, many.stages) if many else (0, 0, 0)
+        assert (
+            tuple(line[name] for name in ("columns", "block_rows", "depth", "warps", "stages"))[: len(block)] == block
+        )
+        assert (line["rows"], line["parts"]) == (128, trial.tile.parts)
+    assert "columns 64, block_rows 128, depth" in markdown([found])
+
+
 def test_products_of_codes_are_checked_and_timed(card: Driver, tmp_path: Path, monkeypatch: Any) -> None:
     trials = [each for each in trials_for([CODED], (1,), SM90) if each.product.bits]
     names = [f"PAR-C {dtype} group 32" for dtype in ("int8", "int4")]

@@ -20,9 +20,9 @@ from par_export.card.table import markdown
 from par_export.kernels.product_trials import KINDS, Trial, as_a_build_chooses, trials_of
 from par_export.kernels.step_weights import BITS
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tile_model import model_us
+from par_export.kernels.tile_model import matrix_of, model_us
 from par_export.kernels.tile_shapes import Storage
-from par_export.kernels.tiles import choose, products
+from par_export.kernels.tiles import choose, many_of, products
 from par_export.quantised import Codes
 from par_runtime.bench.machine import describe
 from par_runtime.cli import dispatch as cli
@@ -39,9 +39,10 @@ def test_models_and_rows_are_those_of_the_batches_that_are_asked_for() -> None:
     sizes = [f"PAR-{size}" for size in ("3B", "L", "XL", "XXL")]
     codes = [f"PAR-{size} {dtype} group 64" for size in ("3B", "L") for dtype in ("int8", "int4")]
     # n = 4, n = 16, and both in batches of 8; codes at n = 4 alone
-    assert order == [(rows, name) for rows in (8, 32, 64) for name in (*sizes, *(codes if rows != 32 else ()))]
+    assert order == [(n, name) for n in (8, 32, 64, 256) for name in (*sizes, *(codes if n in (8, 64) else ()))]
     assert {each.product.rows for each in trials_for(MODELS[:1], (1,), SM90)} == {8, 32}
     assert {each.product.rows for each in trials_for(MODELS[:1], (2,), SM90)} == {16, 64}
+    assert {each.product.rows for each in trials_for(MODELS[:1], (64,), SM90)} == {256, 64}  # no more; of codes
     of_3b = {each.product.kind: each.product for each in trials if each.product.model == "PAR-3B"}
     assert list(of_3b) == list(KINDS)
     matrices = {kind: (product.columns, product.depth) for kind, product in of_3b.items()}
@@ -55,7 +56,7 @@ def test_models_and_rows_are_those_of_the_batches_that_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("size", MODELS[:4], ids=lambda model: model.name)
-@pytest.mark.parametrize(("n", "images"), [(4, 1), (16, 1), (4, 8)])
+@pytest.mark.parametrize(("n", "images"), [(4, 1), (16, 1)])
 def test_the_first_of_a_product_is_what_a_build_chooses(size: Model, n: int, images: int) -> None:
     config = replace(size.config, group_size=n)
     built = choose(config, (images,), SM90)[images]
@@ -80,6 +81,53 @@ def test_the_first_of_a_product_is_what_a_build_chooses(size: Model, n: int, ima
                 (planned.BN, planned.BK, planned.split, planned.warps)
             }
             assert {bool(tile.ahead) for tile in tried} == ({False, True} if planned.ahead else {False})
+
+
+@pytest.mark.parametrize("size", MODELS[:4], ids=lambda model: model.name)
+@pytest.mark.parametrize(("n", "images"), [(4, 8), (16, 4), (16, 8)])
+def test_many_rows_are_tried_in_every_block_that_the_planner_weighs(size: Model, n: int, images: int) -> None:
+    config, positions = replace(size.config, group_size=n), 2 * n * images
+    built = choose(config, (images,), SM90)[images]
+    trials = list(trials_of("x", size.config, positions, SM90))
+    assert [Trial.from_json(each.to_json()) for each in trials] == trials
+    for kind in KINDS:
+        own = [each for each in trials if each.product.kind == kind]
+        assert own[0].tile == getattr(built, kind)
+        assert own[0] == as_a_build_chooses(own, ())
+        considered = [each[images] for each in products(config, kind, (images,), SM90)]
+        firsts = [next(each.tile for each in own if each.layout == layout) for layout in {each.layout for each in own}]
+        assert [tile for tile in considered if tile in firsts] == firsts
+        assert len({(tile.BN, tile.split) for tile in firsts}) == len(firsts) > 3
+        columns, depth = matrix_of(config, kind)
+        for layout, first in enumerate(firsts):
+            tried = [each.tile for each in own if each.layout == layout]
+            many = list(many_of(replace(first, many=None), kind, columns, depth, positions, SM90))
+            assert {tile.many for tile in tried} - {None} == {tile.many for tile in many}
+            assert sum(tile.many is None for tile in tried) == 1
+        for each in own:
+            assert each.planned
+            rows, columns_, split = each.grid
+            assert rows * each.block_rows == positions
+            assert columns_ * each.tile.columns >= columns > (columns_ - 1) * each.tile.columns
+            assert split == each.tile.split
+            assert each.model_us == model_us(config, kind, each.tile, images, SM90)
+            constants = dict(each.spec.constants)
+            assert (constants["BM"], constants["BN"]) == (each.block_rows, each.tile.columns)
+            assert (constants["PANELS"] > 0) == (each.tile.many is not None)
+
+
+def test_without_a_block_that_the_compiler_refuses_the_choice_is_the_next_of_the_tried() -> None:
+    own = [each for each in trials_of("x", MODELS[0].config, 256, SM90) if each.product.kind == "qkv"]
+    refused = [own[0]]
+    for _ in range(4):
+        chosen = as_a_build_chooses(own, refused)
+        assert chosen is not None
+        gone = {(each.tile.columns, each.tile.BK, each.block_rows, each.tile.panels) for each in refused}
+        assert (chosen.tile.columns, chosen.tile.BK, chosen.block_rows, chosen.tile.panels) not in gone
+        assert chosen.model_us >= refused[-1].model_us
+        refused.append(chosen)
+    words = str(own[0])
+    assert words.startswith("x qkv, 256 rows: BN 32, BK 128, split 1, columns 64, block_rows 128, depth 64, warps 4")
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)
@@ -163,6 +211,9 @@ def line(kernel: str, us: float, chosen: bool = False, **changes: Any) -> dict[s
         "parts": 1,
         "ahead": 0,
         "held": 0,
+        "columns": 0,
+        "block_rows": 0,
+        "depth": 0,
         "at_once": False,
     }
     facts = {"name": "gates-0", "compiler": "triton 3.9.0", "model_us": 9.0, "error": 3e-4}

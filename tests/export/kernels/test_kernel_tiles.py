@@ -28,17 +28,68 @@ def test_shapes_fit_the_target_and_do_not_make_a_row_depend_on_its_batch(name: s
         of_batch = [getattr(chosen[batch], kind) for batch in IMAGES]
         assert len({(tile.BN, tile.BK, tile.split) for tile in of_batch}) == 1  # weights are put in order once
         for batch, tile in zip(IMAGES, of_batch, strict=True):
-            rows = tile_shapes.rows_of(2 * config.group_size * batch)
+            rows = tile_shapes.rows_of(2 * config.group_size * batch, tile)
             assert tile_shapes.shared_bytes(tile, rows) < card.shared_block
-            assert tile.stages >= 2
+            assert tile.block_stages >= 2
             assert tile.split == 1 or kind in ("wo", "w2")
             turns = -(-depth.get(kind, config.dim) // tile.BK)
             assert tile.split <= turns
-            slab = turns // tile.split * tile.BN * tile.BK * 2
+            slab = 0 if tile.many else turns // tile.split * tile.BN * tile.BK * 2
             assert tile.ahead % 2048 == 0
             assert 0 <= tile.ahead <= slab
             assert card.dependent or tile.ahead == 0
     assert len({chosen[batch].attention for batch in IMAGES}) == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_blocks_of_many_rows_take_whole_panels_and_have_registers_for_their_sums(name: str, target: str) -> None:
+    config, card, seen = CONFIGS[name], TARGETS[target], 0
+    for kind in ("qkv", "wo", "gates", "w2", "head"):
+        columns, depth = tile_model.matrix_of(config, kind)
+        for shape in tiles.products(config, kind, (64,), card):
+            tile = shape[64]
+            positions = 2 * config.group_size * 64
+            for each in tiles.many_of(tile, kind, columns, depth, positions, card):
+                many = each.many
+                assert many is not None
+                panels = -(-columns // each.BN)
+                assert panels % each.panels == 0
+                assert (tile.BK // tile.parts) % many.depth == 0
+                assert (
+                    many.columns >= 16 * many.warps
+                )  # a warp has sixteen columns, and on SM90 four of them one product
+                sums = many.columns * many.rows // (32 * many.warps)
+                assert sums * each.parts <= (128 if target in ("SM90", "SM100") else 64)
+                assert kind in ("gates", "head") or sums <= 64
+                assert tile_shapes.shared_bytes(each, many.rows) < card.shared_block
+                assert (each.BN, each.BK, each.split, each.parts) == (tile.BN, tile.BK, tile.split, tile.parts)
+                seen += 1
+    assert seen > 20 or name == "tiny"
+
+
+def test_many_rows_are_taken_where_the_matrix_units_are_what_counts_and_never_for_codes() -> None:
+    """Of 3B at n = 16, eight images are 256 rows, of which blocks of 64 would read the weights four times."""
+    config, card = named("3B", group_size=16), TARGETS["SM90"]
+    chosen = tiles.choose(config, IMAGES, card)
+    for kind in ("qkv", "wo", "gates", "w2", "head"):
+        assert getattr(chosen[1], kind).many is None
+        assert getattr(chosen[8], kind).many is not None
+    codes = tile_shapes.Storage(8, 64)
+    of_codes = tiles.choose(config, IMAGES, card, storages={"gates": (codes,)})
+    assert of_codes[8].gates.many is None
+    assert of_codes[8].qkv.many is not None
+
+
+def test_a_block_of_many_rows_that_was_refused_is_not_chosen_again() -> None:
+    config, card = named("3B", group_size=16), TARGETS["SM90"]
+    first = tiles.choose(config, IMAGES, card)
+    tile = first[8].gates
+    rows = tile_shapes.rows_of(256, tile)
+    refused = frozenset({spec(tile.columns, tile.BK, rows, panels=tile.panels)})
+    second = tiles.choose(config, IMAGES, card, refused)
+    assert second[8].gates.many != tile.many
+    assert second[1].gates == first[1].gates  # its own shape was not refused
 
 
 def test_more_blocks_are_made_where_a_card_has_more_processors_than_tiles() -> None:
@@ -107,14 +158,14 @@ def test_matrices_of_a_kind_that_stay_numbers_have_a_shape_of_their_own() -> Non
     assert again.of("w2", tile_shapes.NUMBERS) != alone.w2
 
 
-def spec(bn: int, bk: int, rows: int, source: str = "step.gates") -> Spec:
-    return Spec(source, (("BITS", 0), ("BN", bn), ("BK", bk), ("BM", rows)), (), 4, 4)
+def spec(bn: int, bk: int, rows: int, source: str = "step.gates", panels: int = 0) -> Spec:
+    return Spec(source, (("BITS", 0), ("BN", bn), ("BK", bk), ("BM", rows), ("PANELS", panels)), (), 4, 4)
 
 
 def test_a_shape_that_was_refused_is_not_chosen_again() -> None:
     config, card = named("L"), TARGETS["SM90"]
-    first = tiles.choose(config, IMAGES, card)[8].gates
-    refused = frozenset({spec(first.BN, first.BK, tile_shapes.rows_of(2 * 4 * 8))})
+    first = tiles.choose(config, IMAGES, card)[4].gates
+    refused = frozenset({spec(first.BN, first.BK, tile_shapes.rows_of(2 * 4 * 4))})
     second = tiles.choose(config, IMAGES, card, refused)
     assert {(second[batch].gates.BN, second[batch].gates.BK) for batch in IMAGES} != {(first.BN, first.BK)}
 
@@ -123,11 +174,25 @@ def test_measured_shapes_are_kept_as_far_as_they_fit() -> None:
     config, card = named("3B"), TARGETS["SM86"]
     given = tile_shapes.ProductTile(BN=64, BK=128, split=1, warps=8, stages=5, ahead=0)
     keys = tile_shapes.AttentionTile(span=32, chunk=32, warps=2, stages=3)
-    chosen = tiles.choose(config, IMAGES, card, given={"gates": given, "attention": keys})
+    chosen = tiles.choose(config, IMAGES, card, given={"gates": given, "attention": keys}, at=8)
     assert [(t.gates.BN, t.gates.BK, t.gates.split, t.gates.warps) for t in chosen.values()] == [(64, 128, 1, 8)] * 4
     assert [t.gates.stages for t in chosen.values()] == [4, 4, 3, 2]  # 99 KiB, less what the compiler adds
+    assert all(t.gates.many is None for t in chosen.values())
     assert {t.attention for t in chosen.values()} == {keys}
     assert {b: t.qkv for b, t in chosen.items()} == {b: t.qkv for b, t in tiles.choose(config, IMAGES, card).items()}
+
+
+def test_other_batches_than_the_measured_one_may_take_many_rows_of_the_same_panels() -> None:
+    config, card = named("3B", group_size=16), TARGETS["SM90"]
+    first = tiles.choose(config, IMAGES, card)
+    few, many = first[1].gates, first[8].gates
+    assert many.many is not None
+    for given, at in ((few, 1), (many, 8)):
+        chosen = tiles.choose(config, IMAGES, card, given={"gates": given}, at=at)
+        assert chosen[1].gates == few
+        assert chosen[8].gates.many == many.many
+    measured = tiles.choose(config, IMAGES, card, given={"gates": replace(many, many=None)}, at=8)
+    assert measured[8].gates.many is None  # it was faster there
 
 
 def test_without_any_shape_one_line_says_what_to_do() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,9 +26,28 @@ SIZES = [
     (40, 2, 20, 24, 256, 64),
     (64, 1, 64, 64, 96, 130),
 ]
-TILES = [(32, 32, 8), (16, 64, 16), (64, 32, 32)]  # BN, BK, BM: two parts, four, one
 
-#: dtype, group, d and F, BN, BK, BM: a piece in a block of K, several pieces; groups of one
+
+class Tile(NamedTuple):
+    """Columns and rows of a panel, rows of a block; of a block of many rows, panels side by side and rows in a turn."""
+
+    bn: int
+    bk: int
+    bm: int
+    panels: int = 0
+    deep: int = 0
+
+
+TILES = [Tile(32, 32, 8), Tile(16, 64, 16), Tile(64, 32, 32)]  # two parts, four, one
+#: Blocks of many rows, of whole numbers of panels, with a size, rows and queries: two parts in a turn each, four in two
+#: turns, one in two; two blocks of rows, one, and one of which most rows are none.
+MANY = [
+    (Tile(32, 32, 32, 2, 16), (64, 2, 20, 24, 96, 120), 6, 9),
+    (Tile(16, 128, 64, 4, 16), (64, 1, 64, 64, 160, 120), 4, 11),
+    (Tile(64, 32, 64, 1, 16), (40, 2, 20, 24, 256, 64), 3, 4),
+]
+
+#: dtype, group, d and F, a tile: a piece in a block of K, several pieces; groups of one
 #: piece, of several, of half a piece; K that no block divides.
 CODES = [
     ("int8", 32, 64, 96, 32, 32, 8),
@@ -48,6 +67,10 @@ class Packed:
     constants: dict[str, Any]
     tiles: int
     wide: np.ndarray
+
+    def blocks(self, tile: Tile) -> int:
+        """Blocks of columns."""
+        return self.tiles // max(1, tile.panels)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -106,10 +129,11 @@ class Case:
         }
         return Packed(arguments, of_codes, panels.shape[0], matrix.dequantised().astype(np.float64))
 
-    def sizes(self, tiles: int, bn: int, bk: int, bm: int) -> dict[str, Any]:
+    def sizes(self, tiles: int, tile: Tile) -> dict[str, Any]:
         return {
-            "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
-            "BM": bm, "PARTS": parts_of(bn, bk), "AHEAD": 0, "HELD": 0, "EARLY": False, "DEPENDENT": True,
+            "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power,
+            "BN": tile.bn * max(1, tile.panels), "BK": tile.bk, "BM": tile.bm, "PARTS": parts_of(tile.bn, tile.bk),
+            "PANELS": tile.panels, "DEEP": tile.deep, "AHEAD": 0, "HELD": 0, "EARLY": False, "DEPENDENT": True,
         }  # fmt: skip
 
     @property
@@ -135,7 +159,9 @@ def cases() -> list[Any]:
         precision = ("fp16", "bf16", "fp32")[at % 3]
         name = f"{dtype}-{group}-{precision}"
         marks = () if precision == "fp16" else pytest.mark.slow
-        out.append(pytest.param(size, tuple(tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name, marks=marks))
+        out.append(pytest.param(size, Tile(*tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name, marks=marks))
+    for tile, size, rows, query in MANY:
+        out.append(pytest.param(size, tile, "fp16", rows, query, None, id=f"many-{tile.bn}-{tile.panels}"))
     return out
 
 
@@ -150,10 +176,8 @@ CASES = pytest.mark.parametrize(("size", "tile", "precision", "rows", "query", "
 
 
 @CASES
-def test_qkv(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes
-) -> None:
-    (d, heads, head, padded, _, _), (bn, bk, bm), m, slots = size, tile, rows * query, 24
+def test_qkv(size: tuple[int, ...], tile: Tile, precision: str, rows: int, query: int, codes: Codes) -> None:
+    (d, heads, head, padded, _, _), (bn, bk, bm, *_), m, slots = size, tile, rows * query, 24
     case = Case(m, d, 3, bm, precision)
     inner = heads * head
     raw = np.zeros((d, 3 * heads, padded), np.float32)
@@ -168,7 +192,7 @@ def test_qkv(
     positions = write[:, None] + np.arange(query)
     q = empty((m, heads, padded), precision)
     past = [empty((rows, heads, slots, padded), precision) for _ in range(2)]
-    constants = case.sizes(3, bn, bk, bm) | {
+    constants = case.sizes(3, tile) | {
         "QUERY": query, "HEADS": heads, "HEAD": head, "PADDED": padded, "ANGLES": slots, "SLOTS": slots, "SCALE": 0.25,
     }  # fmt: skip
     arguments = {
@@ -177,7 +201,7 @@ def test_qkv(
         "positions": ("*i64", positions), "write": ("*i64", write), "q": (case.kind, q),
         "past_k": (case.kind, past[0]), "past_v": (case.kind, past[1]), "M": ("i32", m),
     }  # fmt: skip
-    launch("step.qkv", constants | weights.constants, (-(-m // bm), weights.tiles), arguments, shuffle=1)
+    launch("step.qkv", constants | weights.constants, (-(-m // bm), weights.blocks(tile)), arguments, shuffle=1)
 
     product = (case.normed() @ weights.wide).reshape(rows, query, 3, heads, padded)
     at = np.minimum(positions, slots - 1)
@@ -197,30 +221,30 @@ def test_qkv(
 
 @pytest.mark.parametrize(("size", "tile", "precision", "rows", "query", "codes", "split"), SPLITS)
 def test_residual(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes, split: int
+    size: tuple[int, ...], tile: Tile, precision: str, rows: int, query: int, codes: Codes, split: int
 ) -> None:
-    (d, _, _, _, k, _), (bn, bk, bm), m = size, tile, rows * query
+    (d, _, _, _, k, _), (bn, bk, bm, *_), m = size, tile, rows * query
     case, tiles = Case(m, d, 1, bm, precision), -(-d // bn)
     split = min(split, -(-k // bk))
     weights = case.pack(case.matrix(k, d), codes, K=k, N=d, BN=bn, BK=bk)
     stride = round_up(k, 64)
     inputs = empty((round_up(m, bm), stride), precision)
     inputs[:m, :k] = stored(case.rng.normal(size=(m, k)), precision)
-    blocks = -(-m // bm)
-    counters = np.zeros((blocks, tiles), np.int32)
+    blocks, across = -(-m // bm), weights.blocks(tile)
+    counters = np.zeros((blocks, across), np.int32)
     before, results = case.x.copy(), []
     for shuffle in (None, 1, 2):
         x, h = before.copy(), empty(case.h.shape, precision)
         ss = np.full((round_up(m, bm), tiles), np.nan, np.float32)
-        partial = np.full((blocks, tiles, split, bm, bn), np.nan, np.float32)
+        partial = np.full((blocks, across, split, bm, bn * tiles // across), np.nan, np.float32)
         arguments = {
             "inputs": (case.kind, inputs), **weights.arguments, "gains": ("*fp32", case.gains),
             "x": ("*fp32", x), "h": (case.kind, h), "ss": ("*fp32", ss), "partial": ("*fp32", partial),
             "counters": ("*i32", counters), "M": ("i32", m),
         }  # fmt: skip
-        constants = {key: v for key, v in case.sizes(1, bn, bk, bm).items() if key not in ("TILES", "POWER")}
+        constants = {key: v for key, v in case.sizes(1, tile).items() if key not in ("TILES", "POWER")}
         constants |= {"K": k, "K_STRIDE": stride, "SPLIT": split} | weights.constants
-        launch("step.residual", constants, (blocks, tiles, split), arguments, shuffle=shuffle)
+        launch("step.residual", constants, (blocks, across, split), arguments, shuffle=shuffle)
         assert (counters == 0).all()
         results.append((x, h, ss))
     for other in results[1:]:  # whichever block arrives last
@@ -236,10 +260,8 @@ def test_residual(
 
 
 @CASES
-def test_gates(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes
-) -> None:
-    (d, _, _, _, f, _), (bn, bk, bm), m = size, tile, rows * query
+def test_gates(size: tuple[int, ...], tile: Tile, precision: str, rows: int, query: int, codes: Codes) -> None:
+    (d, _, _, _, f, _), (bn, bk, bm, *_), m = size, tile, rows * query
     case = Case(m, d, 2, bm, precision)
     weights = case.pack(case.matrix(d, 2 * f), codes, K=d, N=2 * f, BN=bn, BK=bk, ORDER="halves")
     stride = round_up(f, 64)
@@ -248,8 +270,8 @@ def test_gates(
         "h": (case.kind, case.h), "ss": ("*fp32", case.ss), **weights.arguments,
         "gains": ("*fp32", case.gains), "g": (case.kind, g), "M": ("i32", m),
     }  # fmt: skip
-    constants = case.sizes(2, bn, bk, bm) | {"F": f, "F_STRIDE": stride}
-    launch("step.gates", constants | weights.constants, (-(-m // bm), weights.tiles), arguments)
+    constants = case.sizes(2, tile) | {"F": f, "F_STRIDE": stride}
+    launch("step.gates", constants | weights.constants, (-(-m // bm), weights.blocks(tile)), arguments)
     gate, up = np.split(case.normed() @ weights.wide, 2, axis=1)
     case.close(wide(g)[:m, :f], gate / (1 + np.exp(-gate)) * up, scale=8)
     assert np.isnan(wide(g)[m:]).all()
@@ -257,10 +279,8 @@ def test_gates(
 
 
 @CASES
-def test_head(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes
-) -> None:
-    (d, _, _, _, _, v), (bn, bk, bm) = size, tile
+def test_head(size: tuple[int, ...], tile: Tile, precision: str, rows: int, query: int, codes: Codes) -> None:
+    (d, _, _, _, _, v), (bn, bk, bm, *_) = size, tile
     images, rows, count = rows, 2 * rows, rows * query
     case = Case(rows * query, d, 2, bm, precision)
     weights = case.pack(case.matrix(d, v), codes, K=d, N=v, BN=bn, BK=bk)
@@ -274,14 +294,14 @@ def test_head(
         "gains": ("*fp32", case.gains), "cond_row": ("*i64", cond), "uncond_row": ("*i64", uncond),
         "guidance": ("*fp32", guidance), "logits": ("*fp32", logits), "COUNT": ("i32", count),
     }  # fmt: skip
-    constants = case.sizes(2, bn, bk, bm) | {"QUERY": query, "V": v} | weights.constants
-    launch("step.head", constants, (-(-2 * count // bm), weights.tiles), arguments)
+    constants = case.sizes(2, tile) | {"QUERY": query, "V": v} | weights.constants
+    launch("step.head", constants, (-(-2 * count // bm), weights.blocks(tile)), arguments)
     product = (case.normed() @ weights.wide).reshape(rows, query, v)
     c, u = product[cond], product[uncond]
     assert np.abs(logits - (u + (c - u) * guidance[:, None, None])).max() < 1e-4
     guidance[0] = 1e20  # times a difference of exactly nothing
     before = logits[0].copy()
-    launch("step.head", constants, (-(-2 * count // bm), weights.tiles), arguments)
+    launch("step.head", constants, (-(-2 * count // bm), weights.blocks(tile)), arguments)
     assert (logits[0] == before).all()
 
 
@@ -311,7 +331,7 @@ def test_weights_that_are_held(bn: int, bk: int, bm: int, k: int, split: int, he
             "partial": ("*fp32", np.full((rows // bm, tiles, split, bm, bn), np.nan, np.float32)),
             "counters": ("*i32", np.zeros((rows // bm, tiles), np.int32)), "M": ("i32", m),
         }  # fmt: skip
-        constants = {key: v for key, v in case.sizes(1, bn, bk, bm).items() if key not in ("TILES", "POWER")}
+        constants = {key: v for key, v in case.sizes(1, Tile(bn, bk, bm)).items() if key not in ("TILES", "POWER")}
         constants |= {"K": k, "K_STRIDE": stride, "SPLIT": split, "HELD": count} | weights.constants
         launch("step.residual", constants, (rows // bm, tiles, split), arguments, quick=quick)
         added.append(x[:m, :d] - case.x[:m, :d])
@@ -354,7 +374,7 @@ def test_wrong_codes_and_scales_are_seen(bug: Callable[[Packed], None] | None) -
         "h": (case.kind, case.h), "ss": ("*fp32", case.ss), **weights.arguments, "gains": ("*fp32", case.gains),
         "g": (case.kind, g), "M": ("i32", 8),
     }  # fmt: skip
-    constants = case.sizes(2, 64, 64, 8) | {"F": 32, "F_STRIDE": 64} | weights.constants
+    constants = case.sizes(2, Tile(64, 64, 8)) | {"F": 32, "F_STRIDE": 64} | weights.constants
     launch("step.gates", constants, (1, 1), arguments, quick=True)
     gate, up = np.split(case.normed() @ weights.wide, 2, axis=1)
     with nullcontext() if bug is None else pytest.raises(AssertionError):
@@ -364,7 +384,7 @@ def test_wrong_codes_and_scales_are_seen(bug: Callable[[Packed], None] | None) -
 @EMBED
 @pytest.mark.parametrize("table", ["fp32", "fp16"])
 def test_embed(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes, table: str
+    size: tuple[int, ...], tile: Tile, precision: str, rows: int, query: int, codes: Codes, table: str
 ) -> None:
     d, bn, m = size[0], tile[0], rows * query
     tiles = -(-d // bn)

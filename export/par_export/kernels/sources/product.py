@@ -18,6 +18,8 @@ instructions in fp16, three times in bf16.
 import triton
 import triton.language as tl
 
+from par_export.kernels.sources.many import of_many
+
 
 @triton.jit
 def product(
@@ -40,6 +42,8 @@ def product(
     HELD: tl.constexpr,
     many,  # what :func:`hold` gave
     few,
+    PANELS: tl.constexpr,
+    DEEP: tl.constexpr,
 ):
     """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``.
 
@@ -54,6 +58,9 @@ def product(
     if BITS > 0:
         tl.static_assert(PARTS == 1 and HELD == 0)
         acc = of_codes(panel, scales, tile, h, rows, first, last, K, STRIDE, BN, BK, BM, BITS, GROUP, SUB)
+    elif PANELS > 0:
+        tl.static_assert(HELD == 0)
+        acc = of_many(panel, h, rows, first, last, K, STRIDE, BN, BK, BM, PARTS, PANELS, DEEP)
     else:
         PART: tl.constexpr = BK // PARTS
         k = tl.arange(0, PART)

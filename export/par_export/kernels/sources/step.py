@@ -113,6 +113,17 @@ def squares(ss, rows, TILES: tl.constexpr):
 
 
 @triton.jit
+def squares_of_many(ss, rows, TILES: tl.constexpr):
+    """The same, eight tiles at a time and added up: [1, BM]. All of them are more numbers than there are registers."""
+    at = ss + rows.to(tl.int64)[None, :] * TILES
+    sums = tl.zeros((8, rows.shape[0]), tl.float32)
+    for first in tl.range(0, TILES, 8):
+        tile = first + tl.arange(0, 8)
+        sums += tl.load(at + tile[:, None], mask=(tile < TILES)[:, None], other=0.0)
+    return tl.sum(sums, 0, keep_dims=True)
+
+
+@triton.jit
 def row_factor(parts, gains, D_MODEL: tl.constexpr, POWER: tl.constexpr):
     """What the product of each row is to be multiplied with: [BM]."""
     mean = tl.sum(parts, 0) / D_MODEL
@@ -125,6 +136,15 @@ def partners(acc, BN: tl.constexpr, BM: tl.constexpr):
     groups = tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1))
     one, other = tl.split(groups)
     return tl.reshape(one, (BN // 2, BM)), tl.reshape(other, (BN // 2, BM))
+
+
+@triton.jit
+def cosines(cos, sin, position, pair, turns, PADDED: tl.constexpr):
+    """Cosine and sine of each pair of numbers of a head: [BN / 2, BM]."""
+    angle = position[None, :] * (PADDED // 2) + pair[:, None]
+    c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+    return c, s
 
 
 @triton.jit
@@ -194,6 +214,8 @@ def qkv(
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     HELD: tl.constexpr,
+    PANELS: tl.constexpr,
+    DEEP: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -213,18 +235,22 @@ def qkv(
     position = tl.load(positions + m, mask=m < M, other=0, cache_modifier=".cg")
     position = tl.minimum(tl.maximum(position, 0), ANGLES - 1)  # a padded position may lie behind the last
     slot = tl.load(write + row, mask=m < M, other=0, cache_modifier=".cg") + m % QUERY
-    angle = position[None, :] * (PADDED // 2) + pair[:, None]
     turns = (head < 2 * HEADS)[:, None] & (m < M)[None, :]
-    c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
-    s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+    if PANELS == 0:
+        c, s = cosines(cos, sin, position, pair, turns, PADDED)
     many, few = hold(panel, blocks, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
     let_next(DEPENDENT and EARLY)
-    parts = squares(ss, m, TILES)
+    if PANELS == 0:
+        parts = squares(ss, m, TILES)
     acc = product(
-        panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
-    )
+        panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS,
+        BITS, GROUP, SUB, HELD, many, few, PANELS, DEEP
+    )  # fmt: skip
     let_next(DEPENDENT and not EARLY)
+    if PANELS > 0:
+        parts = squares_of_many(ss, m, TILES)
+        c, s = cosines(cos, sin, position, pair, turns, PADDED)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     even, odd = partners(acc, BN, BM)
     scale = tl.where(head < HEADS, SCALE, 1.0)[:, None]
@@ -273,6 +299,8 @@ def residual(
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     HELD: tl.constexpr,
+    PANELS: tl.constexpr,
+    DEEP: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -300,11 +328,14 @@ def residual(
     many, few = hold(panel, last, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
     let_next(DEPENDENT and EARLY)
-    if SPLIT == 1:  # with parts most blocks do not need it, and the last one loads it together with the parts
+    # With parts of K most blocks do not need it, and the last one loads it together with the parts.
+    LATE: tl.constexpr = SPLIT > 1 or PANELS > 0
+    if not LATE:
         old = tl.load(x + at, mask=inside, other=0.0)
     acc = product(
-        panel, scales, tile, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
-    )
+        panel, scales, tile, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS,
+        BITS, GROUP, SUB, HELD, many, few, PANELS, DEEP
+    )  # fmt: skip
     let_next(DEPENDENT and not EARLY)
     counter = counters + tl.program_id(0) * tiles + tile
     arrived = 0
@@ -315,8 +346,9 @@ def residual(
         tl.debug_barrier()  # the stores of all threads come before the count, which one thread does
         arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLIT - 1:
-        if SPLIT > 1:
+        if LATE:
             old = tl.load(x + at, mask=inside, other=0.0)
+        if SPLIT > 1:
             tl.store(counter, 0)
             acc = tl.load(place, cache_modifier=".cg")
             for part in tl.static_range(1, SPLIT):
@@ -327,7 +359,13 @@ def residual(
         tl.debug_barrier()
         tl.store(x + at, new, mask=inside)
         tl.store(h + at, (new * gain[:, None]).to(h.dtype.element_ty), mask=inside)
-        tl.store(ss + m.to(tl.int64) * tiles + tile, tl.sum(new * new, 0), mask=m < M)
+        if PANELS > 0:  # consumers read the squares of single panels, whatever this batch takes at a time
+            panel_of = tile * PANELS + tl.arange(0, PANELS)
+            of_panels = tl.sum(tl.reshape(new * new, (PANELS, BN // PANELS, BM)), 1)
+            to_ss = ss + m.to(tl.int64)[None, :] * (tiles * PANELS) + panel_of[:, None]
+            tl.store(to_ss, of_panels, mask=(m < M)[None, :])
+        else:
+            tl.store(ss + m.to(tl.int64) * tiles + tile, tl.sum(new * new, 0), mask=m < M)
 
 
 @triton.jit
@@ -354,6 +392,8 @@ def gates(
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     HELD: tl.constexpr,
+    PANELS: tl.constexpr,
+    DEEP: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -371,11 +411,15 @@ def gates(
     many, few = hold(panel, blocks, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
     let_next(DEPENDENT and EARLY)
-    parts = squares(ss, m, TILES)
+    if PANELS == 0:
+        parts = squares(ss, m, TILES)
     acc = product(
-        panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
-    )
+        panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS,
+        BITS, GROUP, SUB, HELD, many, few, PANELS, DEEP
+    )  # fmt: skip
     let_next(DEPENDENT and not EARLY)
+    if PANELS > 0:
+        parts = squares_of_many(ss, m, TILES)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     gate, up = partners(acc, BN, BM)
     value = gate / (1.0 + tl.exp(-gate)) * up
@@ -410,6 +454,8 @@ def head(
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     HELD: tl.constexpr,
+    PANELS: tl.constexpr,
+    DEEP: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -437,11 +483,15 @@ def head(
     many, few = hold(panel, blocks, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
     let_next(DEPENDENT and EARLY)
-    parts = squares(ss, rows, TILES)
+    if PANELS == 0:
+        parts = squares(ss, rows, TILES)
     acc = product(
-        panel, scales, tile, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
-    )
+        panel, scales, tile, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS,
+        BITS, GROUP, SUB, HELD, many, few, PANELS, DEEP
+    )  # fmt: skip
     let_next(DEPENDENT and not EARLY)
+    if PANELS > 0:
+        parts = squares_of_many(ss, rows, TILES)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     c, u = tl.split(tl.reshape(acc, (BN, BM // 2, 2)))
     code = tile * BN + tl.arange(0, BN)
