@@ -57,9 +57,9 @@ MOST_SPANS = 4  #: of keys that are held
 #: Of blocks of many rows: what is tried of each, in this order. A turn takes as many rows of a part as fit.
 MANY_ROWS, MANY_COLUMNS, MANY_DEPTH, MANY_STAGES = (256, 128, 64), (256, 128, 64), (64, 32, 16), (4, 3, 2)
 #: Of the registers of a thread, those for the sums of such a block, all parts together; the same where what is
-#: multiplied must be in registers too; and for the sums of one part where a thread must know a place in memory for each
-#: (caches, x) when it has them.
-MANY_SUMS, SUMS_AND_OPERANDS, PLACED_SUMS = 128, 64, 64
+#: multiplied must be in registers too; and for the sums of one part, of those that both allow, where a thread must know
+#: a place in memory for each when it has them: one in x, or one in the caches and an angle.
+MANY_SUMS, SUMS_AND_OPERANDS, PLACED_SUMS, TURNED_PART = 128, 64, 64, 0.5
 
 
 def choose(
@@ -176,7 +176,7 @@ def many_of(
             warps = 8 if wide >= 128 else 4
             sums = wide * rows // (32 * warps)
             most = MANY_SUMS if target.from_shared else SUMS_AND_OPERANDS
-            of_part = PLACED_SUMS if kind in ("qkv", "wo", "w2") else most
+            of_part = {"qkv": TURNED_PART * most, "wo": PLACED_SUMS, "w2": PLACED_SUMS}.get(kind, most)
             if rows > power(positions) or sums * tile.parts > most or sums > of_part:
                 continue
             for stages in MANY_STAGES:

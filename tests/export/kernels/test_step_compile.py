@@ -15,7 +15,7 @@ import pytest
 
 from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.plan_step import plan
-from par_export.kernels.spec import Planned, Spec
+from par_export.kernels.spec import Planned, Refused, Spec
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS, Target
 from par_export.kernels.tile_shapes import AttentionTile, ProductTile
@@ -70,6 +70,7 @@ def planned(
     images: tuple[int, ...],
     codes: tuple[str, int] | None = None,
     given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
+    refused: Refused = frozenset(),
 ) -> Planned:
     def ones(stored: Stored) -> Any:
         return np.ones(stored.shape, np.float32)
@@ -78,7 +79,7 @@ def planned(
     stored = table(config)
     if codes is not None:
         stored = quantised(stored, *codes)
-    tiles = choose(config, images, card, given=given, storages=storages(stored))
+    tiles = choose(config, images, card, refused, given, storages(stored))
     return plan(config, stored, ones, ["group"], images, precision, card, tiles)
 
 

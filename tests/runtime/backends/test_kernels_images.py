@@ -66,6 +66,22 @@ def test_tokens_and_images_are_those_of_the_cpu(
     assert early == ({True, False} if target == "SM90" else {False})
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_blocks_of_many_rows(load_kernels: Make, tiny: Path, own: bool) -> None:
+    """In all products, two panels and two groups of rows, of which some are none; or, of eight images of "tiny", where
+    the planner takes them.
+
+    An image that is alone is made in other blocks, of the same panels.
+    """
+    source, count = (tiny, 8) if own else (tiny.parent / "small", 3)
+    gpu, cpu = load_kernels(source, images=(1, count), many=not own), on_cpu(source)
+    labels = [i % 6 for i in range(count)]
+    got, wanted = (p.generate(labels, seed=3, guidance=1.7, top_p=0.9, decode=False) for p in (gpu, cpu))
+    np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    alone = gpu.generate(labels[-1:], seed=2 + count, guidance=1.7, top_p=0.9, decode=False)
+    np.testing.assert_array_equal(alone.tokens[0], got.tokens[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["n1", "n16"])
 def test_other_group_sizes(load_kernels: Make, bundles: dict[str, Path], name: str) -> None:

@@ -58,7 +58,8 @@ def load_kernels(driver: Driver, tmp_path: Path, tiny: Path) -> Iterator[Make]:
     """Load a copy of a bundle with an engine of kernels on the stand-in GPU, which computes them.
 
     Fresh memory is NaN there. ``target`` is the GPU; the step computes in ``precision``, the decoder in ``decoder``.
-    ``change`` is given what was planned before it is written, ``compare`` runs launches in Triton's interpreter too.
+    ``change`` is given what was planned before it is written, ``compare`` runs launches in Triton's interpreter too,
+    ``many`` as in ``kernels.planned``.
     """
     from double import kernels  # these import Triton, which only some tests need
     from double.twins import Twins
@@ -76,10 +77,11 @@ def load_kernels(driver: Driver, tmp_path: Path, tiny: Path) -> Iterator[Make]:
         selftest: bool = False,
         change: Callable[[Any], None] = lambda planned: None,
         compare: bool = False,
+        many: bool = False,
     ) -> Pipeline:
         path = tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"
         shutil.copytree(source, path)
-        planned = kernels.planned(Bundle.open(path), images, target, precision, decoder)
+        planned = kernels.planned(Bundle.open(path), images, target, precision, decoder, many)
         change(planned)
         bare.register(driver, kernels.write_engine(Bundle.open(path), planned, precision, decoder, target))
         driver.capability = (int(target[2:-1]), int(target[-1]))

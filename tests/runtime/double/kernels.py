@@ -19,6 +19,7 @@ from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned, Spec
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS
+from par_export.kernels.tile_shapes import Many, ProductTile, Tiles
 from par_export.kernels.tiles import choose
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, KERNELS
 from par_runtime.backends.gpu.backend import GpuBackend
@@ -91,9 +92,12 @@ def write_engine(
     return folder
 
 
-def planned(bundle: Bundle, images: tuple[int, ...], target: str, precision: str, decoder: str) -> Planned:
+def planned(
+    bundle: Bundle, images: tuple[int, ...], target: str, precision: str, decoder: str, many: bool = False
+) -> Planned:
     """What a build plans for ``bundle``, also in fp32, and in small pieces: products in two parts of K, whose sums the
-    last block adds up, and keys in several spans.
+    last block adds up, and keys in several spans. ``many``: batches of two images and more take blocks of many rows, of
+    two panels of 16 columns.
     """
     contents, card = Contents(bundle, precision, decoder), TARGETS[target]
     config = contents.config
@@ -106,10 +110,22 @@ def planned(bundle: Bundle, images: tuple[int, ...], target: str, precision: str
         )
         for count, of in tiles.items()
     }
+    if many:
+        tiles = {count: replace(of, **_many(of, count)) for count, of in tiles.items()}
     phases = [phase.name for phase in bundle.phases]
     out = plan_step.plan(config, contents.step, contents.read, phases, images, precision, card, tiles)
     if contents.tokenizer is not None:
         out.merge(plan_decoder.plan(contents.tokenizer, config, contents.decoder, images, decoder, card))
+    return out
+
+
+def _many(tiles: Tiles, images: int) -> dict[str, ProductTile]:
+    """The products of ``tiles`` in panels of 16 columns, of one part or two, and such blocks."""
+    out = {}
+    for i, kind in enumerate(("qkv", "wo", "gates", "w2", "head")):
+        tile = replace(getattr(tiles, kind), BN=16, BK=32, warps=1 + i % 2, ahead=0)
+        block = Many(32, 16, 16, 4, 2) if images > 1 else None
+        out[kind] = replace(tile, many=block)
     return out
 
 

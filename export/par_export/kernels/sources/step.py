@@ -323,7 +323,8 @@ def residual(
     n = tl.arange(0, BN)
     column = tile * BN + n
     inside = (column < D_MODEL)[:, None] & (m < M)[None, :]
-    at = m.to(tl.int64)[None, :] * STRIDE + column[:, None]
+    # With many rows 64 bits for each of them are more than there are registers; these buffers are small enough for 32.
+    at = (m if PANELS > 0 else m.to(tl.int64))[None, :] * STRIDE + column[:, None]
     gain = tl.load(gains + column, mask=column < D_MODEL, other=0.0)
     many, few = hold(panel, last, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
