@@ -66,7 +66,7 @@ def trials_for(models: Sequence[Model], images: Sequence[int], card: Target) -> 
     for model, n, codes in shaped(models):
         for batch in images:
             rows = max(rows_of(2 * n * batch), min(power(2 * n * batch), MOST_ROWS_TRIED))
-            of_rows.setdefault(rows if codes is None else rows_of(rows), {})[model.name, codes] = model
+            of_rows.setdefault(rows, {})[model.name, codes] = model
     out: list[Trial] = []
     for rows in sorted(of_rows):
         for (name, codes), model in of_rows[rows].items():

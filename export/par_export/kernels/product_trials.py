@@ -274,10 +274,8 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target, storage:
 
 def _layouts(planned: Sequence[ProductTile], rows: int) -> Sequence[ProductTile]:
     """Those of the planner's layouts that are tried, in its order."""
-    if planned[0].bits:
-        return planned[:LAYOUTS_OF_CODES]
     if rows < min(MANY_ROWS):
-        return planned[:LAYOUTS]
+        return planned[: LAYOUTS_OF_CODES if planned[0].bits else LAYOUTS]
     first = dict[tuple[int, int], ProductTile]()
     for tile in planned:
         first.setdefault((tile.BN, tile.split), tile)

@@ -54,6 +54,8 @@ CODES_PER_US = 60_000
 SHARED_ROWS = 32
 #: Of the rate of the data sheet, what the older matrix instructions cost more, which products of codes take.
 OLDER = 4.0
+#: Sums that a processor multiplies with scales in a microsecond, one in each turn of a block of many rows: 128 a cycle.
+SCALED_PER_US = 225e3
 
 
 def model_us(config: PARConfig, kind: str, tile: ProductTile | AttentionTile, images: int, target: Target) -> float:
@@ -87,10 +89,12 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     at_once = max(1, min(room, busiest))
     # One processor: what it has on its way, its share of the bandwidth, and what the turns of all its blocks take.
     inputs = tile.depth * rows * BYTES
-    flops = 2 * tile.columns * tile.depth * rows * (OLDER if tile.bits else 1 if tile.many else tile.parts)
+    flops = 2 * tile.columns * tile.depth * rows * (1 if tile.many else OLDER if tile.bits else tile.parts)
     multiply = NARROW * flops * target.processors / (target.sheet.tflop_s * 1e6)
+    if tile.bits and tile.many:  # one after the other, in the threads that wait for the product
+        multiply += tile.columns * (tile.depth / CODES_PER_US + rows / SCALED_PER_US)
     turn = max((panel + inputs) / COPIED_PER_US, multiply) + TURN_US
-    if tile.bits:
+    if tile.bits and not tile.many:
         makers = max(1, 16 * tile.warps // tile.BN) * (2 if rows >= SHARED_ROWS else 1)
         turn = max(turn, tile.BN * tile.BK * makers / CODES_PER_US)
     share = MOST_SHARE * _per_us(target) / target.processors

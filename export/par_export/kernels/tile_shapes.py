@@ -45,7 +45,8 @@ NUMBERS = Storage()
 @dataclass(frozen=True)
 class Many:
     """A block of many rows (``sources/many.py``): ``columns`` of panels side by side times ``rows`` rows. A turn takes
-    ``depth`` rows of weights of each part of a panel; ``stages`` turns are in shared memory at a time.
+    ``depth`` rows of weights of each part of a panel, or, of codes, a piece, which has so many; ``stages`` turns are in
+    shared memory at a time.
     """
 
     columns: int
@@ -193,5 +194,6 @@ def shared_bytes(tile: ProductTile, rows: int) -> int:
     is held.
     """
     if tile.many:
-        return tile.many.stages * (tile.many.columns + rows) * tile.depth * BYTES
+        weights = tile.many.columns * tile.depth * (tile.bits or 8 * BYTES) // 8
+        return tile.many.stages * (weights + rows * tile.depth * BYTES)
     return (tile.stages + tile.held) * (panel_bytes(tile) + rows * tile.BK * BYTES)

@@ -60,6 +60,7 @@ MANY_ROWS, MANY_COLUMNS, MANY_DEPTH, MANY_STAGES = (256, 128, 64), (256, 128, 64
 #: multiplied must be in registers too; and for the sums of one part, of those that both allow, where a thread must know
 #: a place in memory for each when it has them: one in x, or one in the caches and an angle.
 MANY_SUMS, SUMS_AND_OPERANDS, PLACED_SUMS, TURNED_PART = 128, 64, 64, 0.5
+MANY_SUB = 64  #: bytes of codes that a column has in a piece, at most, where blocks of many rows take it
 
 
 def choose(
@@ -161,12 +162,12 @@ def products(
 def many_of(
     tile: ProductTile, kind: str, columns: int, depth: int, positions: int, target: Target
 ) -> Iterator[ProductTile]:
-    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit. Codes have none: as numbers of
-    so many columns they would be more than there are registers.
-    """
+    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit."""
     part = tile.BK // tile.parts
     deep = next((each for each in MANY_DEPTH if part % each == 0), 0)
-    if tile.bits or not deep or positions < min(MANY_ROWS):
+    if tile.bits:  # a piece, which must find room in registers
+        deep = tile.sub * 8 // tile.bits if tile.sub <= MANY_SUB else 0
+    if not deep or positions < min(MANY_ROWS):
         return
     turns = -(-depth // tile.BK) // tile.split * (part // deep)
     for wide in MANY_COLUMNS:
@@ -177,7 +178,8 @@ def many_of(
             sums = wide * rows // (32 * warps)
             most = MANY_SUMS if target.from_shared else SUMS_AND_OPERANDS
             of_part = {"qkv": TURNED_PART * most, "wo": PLACED_SUMS, "w2": PLACED_SUMS}.get(kind, most)
-            if rows > power(positions) or sums * tile.parts > most or sums > of_part:
+            every = sums * (2 if tile.bits else tile.parts)  # of codes: those of a piece, and of all so far
+            if rows > power(positions) or every > most or sums > of_part:
                 continue
             for stages in MANY_STAGES:
                 many = replace(tile, ahead=0, held=0, many=Many(wide, rows, deep, warps, stages))

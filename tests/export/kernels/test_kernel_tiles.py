@@ -69,7 +69,7 @@ def test_blocks_of_many_rows_take_whole_panels_and_have_registers_for_their_sums
     assert seen > 20 or name == "tiny"
 
 
-def test_many_rows_are_taken_where_the_matrix_units_are_what_counts_and_never_for_codes() -> None:
+def test_many_rows_are_taken_where_the_matrix_units_are_what_counts() -> None:
     """Of 3B at n = 16, eight images are 256 rows, of which blocks of 64 would read the weights four times."""
     config, card = named("3B", group_size=16), TARGETS["SM90"]
     chosen = tiles.choose(config, IMAGES, card)
@@ -77,9 +77,9 @@ def test_many_rows_are_taken_where_the_matrix_units_are_what_counts_and_never_fo
         assert getattr(chosen[1], kind).many is None
         assert getattr(chosen[8], kind).many is not None
     codes = tile_shapes.Storage(8, 64)
-    of_codes = tiles.choose(config, IMAGES, card, storages={"gates": (codes,)})
-    assert of_codes[8].gates.many is None
-    assert of_codes[8].qkv.many is not None
+    of_codes = tiles.choose(config, IMAGES, card, storages={"gates": (codes,)})[8].gates
+    assert of_codes.many is not None
+    assert of_codes.many.depth == of_codes.sub  # a piece: what more makes numbers of codes, and multiplies sums
 
 
 def test_a_block_of_many_rows_that_was_refused_is_not_chosen_again() -> None:

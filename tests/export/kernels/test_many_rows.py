@@ -104,14 +104,36 @@ def test_a_turn_multiplies_while_the_next_ones_are_copied(
     assert let_next_when_the_sums_are_done(lines[:wait], lines[wait:])
 
 
+@pytest.mark.parametrize("codes", [("int8", 64), pytest.param(("int4", 64), marks=pytest.mark.slow)])
+def test_the_wide_instruction_takes_codes_from_registers(
+    codes: tuple[str, int], compiler: Compiler, tmp_path: Path
+) -> None:
+    """They come in the background, become numbers in registers, and are not stored again; scales are on their way while
+    the turn before multiplies.
+    """
+    card = TARGETS["SM90"]
+    specs = of_many(planned(named("3B", group_size=16), "SM90", "fp16", OF_EIGHT, codes))
+    spec = next(spec for spec in specs if spec.source == "step.gates")
+    kernel = compiler.compile([spec], card)[spec.name]
+    assert kernel.fault(card) is None
+    assert not {"1", "2", "4"} & {*kernel.copies}
+    lines = [line for line in assembly(kernel, tmp_path) if "*/" in line]
+    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    assert all(re.search(r"HGMMA.64x\d+x16.F32 R\d+, R\d+, gdesc", lines[i]) for i in products)
+    loop = lines[products[0] : products[-1]]
+    assert not any(re.search(r"\b(STS|LDL|STL|SHFL)\b", line) for line in loop)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("size", ["L", "3B"])
-def test_every_target_has_blocks_of_many_rows_that_compile(size: str, target: str, compiler: Compiler) -> None:
+@pytest.mark.parametrize(("size", "codes"), [("L", None), ("3B", None), ("L", ("int8", 64)), ("L", ("int4", 32))])
+def test_every_target_has_blocks_of_many_rows_that_compile(
+    size: str, codes: tuple[str, int] | None, target: str, compiler: Compiler
+) -> None:
     """Most of them at the first try; a build plans others in place of those that keep registers in memory."""
     refused, card = frozenset[Spec](), TARGETS[target]
     for _ in range(4):
-        specs = of_many(planned(named(size, group_size=16), target, "fp16", OF_EIGHT, refused=refused))
+        specs = of_many(planned(named(size, group_size=16), target, "fp16", OF_EIGHT, codes, refused=refused))
         assert len(specs) >= 3
         compiled = compiler.compile(specs, card)
         faults = [spec for spec in specs if compiled[spec.name].fault(card) is not None]

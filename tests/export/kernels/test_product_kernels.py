@@ -42,9 +42,13 @@ TILES = [Tile(32, 32, 8), Tile(16, 64, 16), Tile(64, 32, 32)]  # two parts, four
 #: Blocks of many rows, of whole numbers of panels, with a size, rows and queries: two parts in a turn each, four in two
 #: turns, one in two; two blocks of rows, one, and one of which most rows are none.
 MANY = [
-    (Tile(32, 32, 32, 2, 16), (64, 2, 20, 24, 96, 120), 6, 9),
-    (Tile(16, 128, 64, 4, 16), (64, 1, 64, 64, 160, 120), 4, 11),
-    (Tile(64, 32, 64, 1, 16), (40, 2, 20, 24, 256, 64), 3, 4),
+    (Tile(32, 32, 32, 2, 16), (64, 2, 20, 24, 96, 120), 6, 9, None),
+    (Tile(16, 128, 64, 4, 16), (64, 1, 64, 64, 160, 120), 4, 11, None),
+    (Tile(64, 32, 64, 1, 16), (40, 2, 20, 24, 256, 64), 3, 4, None),
+    # Of codes: groups of a piece, of half of one, and of two.
+    (Tile(32, 64, 32, 2, 32), (64, 2, 32, 32, 96, 120), 5, 9, ("int8", 32)),
+    (Tile(32, 128, 64, 4, 128), (128, 2, 64, 64, 192, 120), 4, 4, ("int4", 64)),
+    (Tile(64, 128, 32, 1, 128), (128, 2, 64, 64, 384, 120), 4, 4, ("int4", 128)),
 ]
 
 #: dtype, group, d and F, a tile: a piece in a block of K, several pieces; groups of one
@@ -160,8 +164,9 @@ def cases() -> list[Any]:
         name = f"{dtype}-{group}-{precision}"
         marks = () if precision == "fp16" else pytest.mark.slow
         out.append(pytest.param(size, Tile(*tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name, marks=marks))
-    for tile, size, rows, query in MANY:
-        out.append(pytest.param(size, tile, "fp16", rows, query, None, id=f"many-{tile.bn}-{tile.panels}"))
+    for tile, size, rows, query, codes in MANY:
+        name = "-".join(["many", *(str(each) for each in codes or (tile.bn, tile.panels))])
+        out.append(pytest.param(size, tile, "fp16", rows, query, codes, id=name))
     return out
 
 

@@ -60,6 +60,22 @@ def test_tokens_are_those_of_the_cpu(load_kernels: Make, quantised: dict[str, Pa
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
 
 
+@pytest.mark.slow
+def test_tokens_of_many_rows_are_those_of_the_cpu_and_of_an_image_alone(
+    load_kernels: Make, quantised: dict[str, Path]
+) -> None:
+    """128 rows and 32, in blocks of the same pieces."""
+    gpu, cpu = load_kernels(quantised["n16"], images=(1, 4)), on_cpu(quantised["n16"])
+    kernels = gpu.backend.engine.kernels.kernels.values()  # type: ignore[attr-defined]
+    many = [dict(kernel.constants) for kernel in kernels if dict(kernel.constants).get("PANELS")]
+    assert {constants["BITS"] for constants in many} == {4}
+    labels = [4, 0, 2, 5]
+    got, wanted = (p.generate(labels, seed=3, guidance=1.7, top_p=0.9, decode=False) for p in (gpu, cpu))
+    np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    alone = gpu.generate(labels[-1:], seed=6, guidance=1.7, top_p=0.9, decode=False)
+    np.testing.assert_array_equal(alone.tokens[0], got.tokens[-1])
+
+
 def test_a_call_reads_codes_and_scales(
     load_kernels: Make, quantised: dict[str, Path], bundles: dict[str, Path]
 ) -> None:

@@ -9,6 +9,8 @@ shared memory. The panels are those that other batches read, and every sum has t
 import triton
 import triton.language as tl
 
+from par_export.kernels.sources.codes import halves, numbers
+
 
 @triton.jit
 def of_many(
@@ -71,3 +73,76 @@ def more(sums, weights, inputs, at, k, K: tl.constexpr, BK: tl.constexpr):
     else:  # weights behind K are zeros, but what lies behind K in h may be NaN
         x = tl.load(inputs + at, mask=(at + k < K)[:, None], other=0.0)
     return tl.dot(w, x, sums)
+
+
+@triton.jit
+def of_many_codes(
+    panel,  # the first of PANELS streams of pieces
+    scales,  # [tiles, groups, columns of a panel]
+    tile,
+    h,
+    rows,
+    first,
+    last,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
+    PANELS: tl.constexpr,
+):
+    """:func:`of_many` of codes: a turn takes a piece of each panel. From SM90 on few rows are the older matrix
+    instructions', and many are the wide one's, which takes codes that became numbers from registers too. What it costs
+    to make numbers of them is shared by all rows.
+
+    Scales are asked for a turn ahead, as ``product.of_codes`` does and for the same reason.
+    """
+    PANEL: tl.constexpr = BN // PANELS
+    ROWS: tl.constexpr = SUB * 8 // BITS  # of K, in a piece
+    PIECES: tl.constexpr = (K + BK - 1) // BK * (BK // ROWS)  # of a panel
+    GROUPS: tl.constexpr = (PIECES * ROWS + GROUP - 1) // GROUP
+    T: tl.constexpr = h.dtype.element_ty
+    n, k = tl.arange(0, BN), tl.arange(0, SUB)
+    codes = panel + (n // PANEL * (PIECES * PANEL * SUB) + n % PANEL * SUB)[:, None] + k[None, :]
+    columns = scales + tile.to(tl.int64) * (GROUPS * BN) + n // PANEL * (GROUPS * PANEL) + n % PANEL
+    inputs = h + (rows.to(tl.int64) * STRIDE)[None, :] + k[:, None]
+    sums = tl.zeros((BN, BM), tl.float32)
+    begin, end = first * (BK // ROWS), last * (BK // ROWS)
+    a, b = scales_of_panels(columns, begin * ROWS, PANEL, GROUP, ROWS, SUB)
+    for piece in tl.range(begin, end):
+        ahead = tl.minimum(piece + 1, end - 1) * ROWS
+        c, d = scales_of_panels(columns, ahead, PANEL, GROUP, ROWS, SUB)
+        at = piece * ROWS
+        code = tl.load(codes + piece * (PANEL * SUB))
+        if K % BK == 0:
+            x = tl.load(inputs + at)
+        else:  # codes behind K are zeros, but what lies behind K in h may be NaN
+            x = tl.load(inputs + at, mask=(at + k < K)[:, None], other=0.0)
+        if BITS == 8:
+            sums += tl.dot(numbers(code, T), x) * a.to(tl.float32)[:, None]
+        else:
+            if K % BK == 0:
+                y = tl.load(inputs + at + SUB)
+            else:
+                y = tl.load(inputs + at + SUB, mask=(at + SUB + k < K)[:, None], other=0.0)
+            low, high = halves(code, T)
+            if ROWS <= GROUP:
+                sums += tl.dot(high, y, tl.dot(low, x)) * a.to(tl.float32)[:, None]
+            else:
+                sums += tl.dot(low, x) * a.to(tl.float32)[:, None]
+                sums += tl.dot(high, y) * b.to(tl.float32)[:, None]
+        a, b = c, d
+    return sums
+
+
+@triton.jit
+def scales_of_panels(columns, row, PANEL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr):
+    """The scales [BN] of the two halves of the pieces that begin at ``row`` of K."""
+    first = tl.load(columns + row // GROUP * PANEL)
+    second = first
+    if ROWS > GROUP:
+        second = tl.load(columns + (row + SUB) // GROUP * PANEL)
+    return first, second
