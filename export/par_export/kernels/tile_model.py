@@ -1,8 +1,9 @@
 """What a kernel of a shape takes on a GPU, by a model of it: a roofline with a few limits for each kernel.
 
 Only the order of candidates matters. Its constants of products of numbers were fitted to products of PAR-3B, XL and L
-that one H200 timed, each alone; those of attention were set by its trials there (``docs/kernels.md``); those of codes
-are guesses. What holding weights brings (``ProductTile.held``) is not in it: no GPU has timed that. Times in
+that one H200 timed, each alone, of up to 64 rows; those of attention were set by its trials there
+(``docs/kernels.md``); those of codes are guesses. Blocks of many rows have not run on a GPU: what the model says of them
+follows from other kernels that have. What holding weights brings (``ProductTile.held``) is not in it: no GPU has timed that. Times in
 microseconds, sizes in bytes.
 """
 
@@ -28,8 +29,9 @@ LATENCY_US = 0.73
 TURN_US = 0.1
 #: Bytes that a processor copies to shared memory in a microsecond.
 COPIED_PER_US = 120e3
-#: Of the rate of the data sheet, what products of few rows cost more.
-NARROW = 1.5
+#: Of the rate of the data sheet, what products of few rows cost more; and blocks of many rows: the decoder's
+#: convolutions, whose blocks are as large, reached 430 to 480 TFLOP/s of 989 in the rows of the H200.
+NARROW, MANY = 1.5, 1.8
 #: What a stream of weights reaches of the bandwidth of the data sheet.
 REACHED = 0.89
 #: A processor can draw more than its share of the bandwidth while others have nothing to do, but not much more.
@@ -90,7 +92,7 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     # One processor: what it has on its way, its share of the bandwidth, and what the turns of all its blocks take.
     inputs = tile.depth * rows * BYTES
     flops = 2 * tile.columns * tile.depth * rows * (1 if tile.many else OLDER if tile.bits else tile.parts)
-    multiply = NARROW * flops * target.processors / (target.sheet.tflop_s * 1e6)
+    multiply = (MANY if tile.many else NARROW) * flops * target.processors / (target.sheet.tflop_s * 1e6)
     if tile.bits and tile.many:  # one after the other, in the threads that wait for the product
         multiply += tile.columns * (tile.depth / CODES_PER_US + rows / SCALED_PER_US)
     turn = max((panel + inputs) / COPIED_PER_US, multiply) + TURN_US
