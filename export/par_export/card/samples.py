@@ -46,14 +46,17 @@ ODD = PARConfig(dim=400, n_layers=2, n_heads=4, vocab_size=1000, n_classes=7, gr
 #: Heads of 100 again, which a quantised wo takes padded to 104. Of groups of 128 rows only w2 has whole ones.
 ODD_CODES = PARConfig(dim=800, n_layers=2, n_heads=8, vocab_size=1000, n_classes=7, grid=(1, 12, 12))
 VIDEO = PARConfig(dim=128, n_layers=1, n_heads=2, vocab_size=64000, n_classes=5, grid=(1, 8, 8))
+#: The larger of two batches has 64 rows and more, for blocks of many rows: 90 and 192, of which some blocks have rows
+#: that are none, and 256.
 SAMPLES = (
     Sample("odd", ODD, ODD_VQ, 4),
-    Sample("odd-bf16", ODD, None, 9, "bf16"),
+    Sample("odd-bf16", ODD, None, 9, "bf16", images=(1, 5)),
     Sample("L-layer", replace(named("L"), n_layers=1), VQConfig(), 4, images=(1,)),
+    Sample("L-layer-16", replace(named("L"), n_layers=1), None, 16, images=(6,)),
     Sample("3B-layer", replace(named("3B"), n_layers=1), None, 16, images=(1, 8)),
     Sample("video-codes", VIDEO, None, 1),
     Sample("odd-int4", ODD_CODES, None, 4, codes=Codes("int4", 32)),
     Sample("odd-int8", ODD_CODES, None, 9, "bf16", codes=Codes("int8", 128)),
     Sample("3B-layer-int8", replace(named("3B"), n_layers=1), None, 4, images=(1, 8), codes=Codes("int8", 64)),
-    Sample("3B-layer-int4", replace(named("3B"), n_layers=1), None, 4, images=(1,), codes=Codes("int4", 64)),
+    Sample("3B-layer-int4", replace(named("3B"), n_layers=1), None, 4, images=(1, 8), codes=Codes("int4", 64)),
 )

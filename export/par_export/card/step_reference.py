@@ -29,7 +29,8 @@ def embed(v: View) -> list[Expected]:
 
 def _residual_stream(v: View, m: int, x: Tensor, fresh: bool = True) -> list[Expected]:
     """What a kernel leaves that makes x [M,d]: x itself, h, and the sums of squares."""
-    d, stride, bn = v.constants["D_MODEL"], v.constants["STRIDE"], v.constants["BN"]
+    d, stride = v.constants["D_MODEL"], v.constants["STRIDE"]
+    bn = v.constants["BN"] // max(1, v.constants.get("PANELS", 0))  # squares are those of single panels
     inside = torch.arange(stride, device=x.device).expand(m, stride) < d
     wide = torch.zeros(m, stride, dtype=torch.float64, device=x.device)
     wide[:, :d] = x

@@ -57,6 +57,15 @@ def test_right_kernels_pass(load_kernels: Make) -> None:
     assert begun[-1] == "t: step in one go (batch 2, call 0)"
 
 
+def test_blocks_of_many_rows_are_right_too(load_kernels: Make, tiny: Path) -> None:
+    """24 rows in two groups, panels in pairs: the squares of x are compared panel by panel."""
+    pipeline = load_kernels(tiny.parent / "small", images=(1, 3), precision="fp16", decoder="fp16", many=True)
+    lines = checked(pipeline, [11])
+    assert lines.failed() == []
+    names = [line["name"] for line in lines if line["kind"] == "check"]
+    assert "t: step.residual (batch 3, call 11)" in names
+
+
 def test_bf16_and_an_older_gpu(load_kernels: Make) -> None:
     pipeline = load_kernels(images=(1,), precision="bf16", decoder="fp32", target="SM80")
     lines = checked(pipeline, [11])
@@ -76,8 +85,11 @@ def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 def test_right_kernels_of_quantised_weights_pass(load_kernels: Make, coded: Path) -> None:
-    """With the padding of heads that a quantised wo takes, too."""
-    pipeline = load_kernels(coded, images=(1,), precision="fp16")
+    """With the padding of heads that a quantised wo takes, too; and of eight images, int4 in blocks of many rows."""
+    pipeline = load_kernels(coded, images=(1, 8), precision="fp16")
+    kernels = [dict(kernel.constants) for kernel in pipeline.backend.engine.kernels.kernels.values()]
+    many = any(constants.get("PANELS") and constants["BITS"] for constants in kernels)
+    assert many == (pipeline.bundle.weights["layers.0.w2"].dtype == "int4")
     kinds = {at.dtype for name, at in pipeline.bundle.weights.items() if name.startswith("layers.0.w")}
     assert kinds == ({"int8", "float16"} if pipeline.bundle.quantised == "int8" else {"int4", "float16"})
     lines = checked(pipeline, [11])
