@@ -7,7 +7,8 @@ layer, H heads of D numbers (D' in the caches), V codes. T is fp16 or bf16. Sums
 columns by BK rows a panel (``pack.py``); the M rows are the narrow one. A block of threads computes BN columns for BM
 rows. Blocks of the same weights are neighbours in the grid, so that the weights come from memory once. Each sum runs
 over K in the same order for every BM, in steps of 16 in one accumulator for each of PARTS parts, so a row's result does
-not depend on how many rows there are, as long as SPLIT and PARTS are the same.
+not depend on how many rows there are, as long as SPLIT and PARTS are the same. With many rows a block takes PANELS
+panels side by side (``many.py``; 0: one panel, as described here), and BN is the columns of all of them.
 
 **Norms.** What a product reads is ``h``: x times the gain of the norm before the product, not yet divided by the root
 mean square. That division is a factor of the row, so it waits for the end of the product. The kernel that makes x
