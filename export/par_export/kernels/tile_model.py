@@ -2,9 +2,9 @@
 
 Only the order of candidates matters. Its constants of products of numbers were fitted to products of PAR-3B, XL and L
 that one H200 timed, each alone, of up to 64 rows; those of attention were set by its trials there
-(``docs/kernels.md``); those of codes are guesses. Blocks of many rows have not run on a GPU: what the model says of them
-follows from other kernels that have. What holding weights brings (``ProductTile.held``) is not in it: no GPU has timed that. Times in
-microseconds, sizes in bytes.
+(``docs/kernels.md``); those of codes are guesses. Blocks of many rows have not run on a GPU: what the model says of
+them follows from other kernels that have. What holding weights brings (``ProductTile.held``) is not in it: no GPU has
+timed that. Times in microseconds, sizes in bytes.
 """
 
 from __future__ import annotations

@@ -95,10 +95,8 @@ def choose(
                 out[batch][kind] = tile or keys[0]
             continue
         for storage in storages.get(kind, (NUMBERS,)):
-            gone = shapes_of(refused, SOURCES[kind], ("BITS", "BN", "BK", "BM", "PANELS"))
-            of_storage = {one[1:] for one in gone if one[0] == storage.bits}
             measured = tile if isinstance(tile, ProductTile) and tile.storage == storage else None
-            shapes = products(config, kind, images, target, of_storage, measured, storage, at)
+            shapes = products(config, kind, images, target, gone_of(refused, kind, storage), measured, storage, at)
             if not shapes:
                 raise BuildError(
                     f"no shape of the product {kind} of {config.dim} wide models fits {target.name} at {max(images)} "
@@ -108,6 +106,12 @@ def choose(
                 where = out[batch]["kept"] if kind in out[batch] else out[batch]
                 where[kind] = shapes[0][batch]
     return {batch: Tiles(**tiles) for batch, tiles in out.items()}
+
+
+def gone_of(refused: Refused, kind: str, storage: Storage) -> set[tuple[object, ...]]:
+    """BN, BK, rows and PANELS of the blocks among ``refused`` that products of a kind of such matrices would have."""
+    found = shapes_of(refused, SOURCES[kind], ("BITS", "BN", "BK", "BM", "PANELS"))
+    return {one[1:] for one in found if one[0] == storage.bits}
 
 
 def products(
@@ -143,8 +147,7 @@ def products(
             few = list(staged_of(tile, columns, depth, rows, target))
             if (*layout[:2], rows, 0) in gone:
                 few = []
-            many = list(many_of(tile, kind, columns, depth, positions, target))
-            many = [each for each in many if (each.columns, each.BK, rows_of(positions, each), each.panels) not in gone]
+            many = list(many_of(tile, kind, columns, depth, positions, target, gone))
             if given is not None and batch == at:
                 few, many = ([], [each for each in many if each.many == given.many]) if given.many else (few, [])
             times = [(product_us(each, columns, depth, positions, target), each) for each in (*few, *many)]
@@ -160,9 +163,15 @@ def products(
 
 
 def many_of(
-    tile: ProductTile, kind: str, columns: int, depth: int, positions: int, target: Target
+    tile: ProductTile,
+    kind: str,
+    columns: int,
+    depth: int,
+    positions: int,
+    target: Target,
+    gone: Collection[tuple[object, ...]] = (),
 ) -> Iterator[ProductTile]:
-    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit."""
+    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit; not in those of ``gone``."""
     part = tile.BK // tile.parts
     deep = next((each for each in MANY_DEPTH if part % each == 0), 0)
     if tile.bits:  # a piece, which must find room in registers
@@ -180,6 +189,8 @@ def many_of(
             of_part = {"qkv": TURNED_PART * most, "wo": PLACED_SUMS, "w2": PLACED_SUMS}.get(kind, most)
             every = sums * (2 if tile.bits else tile.parts)  # of codes: those of a piece, and of all so far
             if rows > power(positions) or every > most or sums > of_part:
+                continue
+            if (wide, tile.BK, rows, wide // tile.BN) in gone:
                 continue
             for stages in MANY_STAGES:
                 many = replace(tile, ahead=0, held=0, many=Many(wide, rows, deep, warps, stages))

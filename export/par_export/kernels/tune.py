@@ -25,6 +25,7 @@ from par_export.kernels.compiler import Compiler
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan import plan
 from par_export.kernels.request import KernelsRequest
+from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import matrix_of
@@ -42,6 +43,7 @@ from par_export.kernels.tiles import (
     attentions,
     choose,
     few_spans,
+    gone_of,
     holding,
     holding_keys,
     many_of,
@@ -144,10 +146,11 @@ def candidates(
     most: int,
     at: int,
     storage: Storage = NUMBERS,
+    refused: Refused = frozenset(),
 ) -> list[Tile]:
     """At most ``most`` shapes of a kind that are worth timing at ``at`` images, the model's choice first.
 
-    ``storage``: of the matrices of a product.
+    ``storage``: of the matrices of a product, which takes no shape among ``refused``.
     """
     if kind == "attention":
         keys = attentions(config, images, card)
@@ -160,11 +163,13 @@ def candidates(
         ]
         others += keys[2:]
     else:
-        shapes = [shape[at] for shape in products(config, kind, images, card, storage=storage)]
+        gone = gone_of(refused, kind, storage)
+        shapes = [shape[at] for shape in products(config, kind, images, card, gone, storage=storage)]
         first = shapes[0]
         columns, depth = matrix_of(config, kind)
         positions = 2 * config.group_size * at
-        many = [each for each in many_of(first, kind, columns, depth, positions, card) if each.many != first.many]
+        every = many_of(first, kind, columns, depth, positions, card, gone)
+        many = [each for each in every if each.many != first.many]
         if first.many is not None:
             others = [*many[:2], replace(first, many=None), *shapes[1:3], *many[2:], *shapes[3:]]
             return [first, *others][:most]
@@ -195,14 +200,15 @@ class _Trials:
     def search(self, sizes: Sequence[int], most: int) -> tuple[dict[str, Tile], list[Timing]]:
         """The fastest shape of each kind, and everything that was measured."""
         config, stored = self.contents.config, storages(self.contents.step)
-        start = choose(config, sizes, self.card, storages=stored)[self.images]
+        refused = self.refused(sizes)
+        start = choose(config, sizes, self.card, refused, storages=stored)[self.images]
         given: dict[str, Tile] = {kind: getattr(start, kind) for kind in ORDER}
         rows: list[Timing] = []
         for kind in ORDER:
             engines: dict[str, tuple[Mapping[str, Tile], Path]] = {}
             # Where some matrices of a kind are quantised, their shapes are tried; the others keep the model's.
             storage = stored.get(kind, (NUMBERS,))[0]
-            for i, tile in enumerate(candidates(config, kind, sizes, self.card, most, self.images, storage)):
+            for i, tile in enumerate(candidates(config, kind, sizes, self.card, most, self.images, storage, refused)):
                 shapes = given | {kind: tile}
                 try:
                     engines[str(i)] = (shapes, self.built(shapes, (self.images,)))
@@ -211,13 +217,33 @@ class _Trials:
             timed = [
                 replace(row, kind=kind, tile=engines[row.kind][0][kind]) for row in self.timings(engines, CAPTURES[:1])
             ]
-            if timed:
-                best = min(timed, key=lambda row: row.ms_per_image)
+            for best in sorted(timed, key=lambda row: row.ms_per_image):
                 assert best.tile is not None
+                try:  # the engine that is kept has other batches too, which take the same panels
+                    self.built(given | {kind: best.tile}, sizes)
+                except BuildError as error:
+                    self.say(f"{kind} {_words(best.tile)}: not kept, for the other batches: {error}")
+                    continue
                 given[kind] = best.tile
                 self.say(f"{kind}: {_words(best.tile)}, {best.ms_per_image:.2f} ms per image, of {len(timed)} shapes")
+                break
             rows += timed
         return given, rows
+
+    def refused(self, sizes: Sequence[int]) -> Refused:
+        """What the compiler has no registers for, of the shapes that a build of all ``sizes`` tries. Raises
+        BuildError.
+        """
+        tried: list[Refused] = []
+
+        def planner(
+            contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()
+        ) -> Planned:
+            tried.append(refused)
+            return plan(contents, images, target, refused)
+
+        Build(self.contents, tuple(sizes), self.card, self.compiler, planner).compiled(lambda *_: None)
+        return tried[-1]
 
     def built(self, given: Mapping[str, Tile], sizes: Sequence[int]) -> Path:
         """The folder of a new engine with the shapes ``given``. Raises BuildError."""
