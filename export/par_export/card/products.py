@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,12 @@ def products(session: Session) -> list[Row]:
     entries = [entry for entry in _entries(trials, kernels) if entry["kernel"] in kernels.kernels]
     done = _run(session, kernels.folder, entries)
     for (model, rows), of_rows in groupby(wanted, lambda trial: (trial.product.model, trial.product.rows)):
-        names = [trial.spec.name for trial in of_rows]
-        missing = sum(name not in kernels.kernels for name in names)
-        late = sum(name in kernels.kernels and name not in done for name in names)
+        own = list(of_rows)
+        missing = sum(trial.spec.name not in kernels.kernels for trial in own)
+        late = sum(trial.spec.name in kernels.kernels and _check_of(trial) not in done for trial in own)
         for count, reason in ((missing, why), (late, "time")):
             if count:
-                session.leave_out(f"{PRODUCTS} of {model}, {rows} rows, {count} of {len(names)} kernels", reason)
+                session.leave_out(f"{PRODUCTS} of {model}, {rows} rows, {count} of {len(own)} kernels", reason)
     return []
 
 
@@ -97,13 +97,26 @@ def _entries(trials: Sequence[Trial], kernels: ProductKernels) -> list[dict[str,
         own = list(of_product)
         chosen = as_a_build_chooses(own, [trial for trial in own if trial.spec.name in kernels.refused])
         for trial in own:
-            entry = {"trial": trial.to_json(), "kernel": trial.spec.name, "check": f"{PRODUCTS}: {trial}"}
+            entry = {"trial": trial.to_json(), "kernel": trial.spec.name, "check": _check_of(trial)}
             out.append(entry | {"chosen": trial == chosen})
     return out
 
 
+def _check_of(trial: Trial) -> str:
+    return f"{PRODUCTS}: {trial}"
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    """What tells the line of an entry from others: its kernel, and what it was timed for."""
+    product = entry["trial"]["product"]
+    return entry["kernel"], product["model"], product["kind"], product["rows"]
+
+
 def _run(session: Session, folder: Path, entries: Sequence[dict[str, Any]]) -> Collection[str]:
-    """Check and time ``entries``; returns the names of the kernels of which something is known now."""
+    """Check and time ``entries``; returns the names of the checks of which something is known now.
+
+    Not of kernels, of which two numbers of rows may have one in common.
+    """
     plan, options, done = session.work / "plan.json", session.options, set[str]()
     spec = {"index": options.device, "torch": options.torch, "plan": str(plan), "folder": str(folder)}
     spec |= {"cold_bytes": options.cold_bytes, "until": session.end}
@@ -115,9 +128,10 @@ def _run(session: Session, folder: Path, entries: Sequence[dict[str, Any]]) -> C
         plan.write_text(json.dumps(left))
         ended = run_stage(PRODUCTS, spec, session.end + GRACE_S)
         session.take(PRODUCTS, ended)
-        done |= {line["name"] for line in ended.lines if line["kind"] == "product"}
-        checks = {line["name"] for line in ended.lines if line["kind"] == "check"} | {ended.during}
-        done |= {entry["kernel"] for entry in left if entry["check"] in checks}
+        lines = {kind: [line for line in ended.lines if line["kind"] == kind] for kind in ("product", "check")}
+        timed = {(line["name"], line["model"], line["kernel"], line["rows"]) for line in lines["product"]}
+        checks = {line["name"] for line in lines["check"]} | {ended.during}
+        done |= {entry["check"] for entry in left if entry["check"] in checks or _key(entry) in timed}
         at = next((i for i, entry in enumerate(left) if entry["check"] == ended.during), None)
         if at is None:
             break

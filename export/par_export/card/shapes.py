@@ -178,7 +178,7 @@ def _lines(
     (folder,) = (contents.bundle.path / ENGINES).iterdir()
     kernels = Engine.open(folder, contents.bundle).kernels
     assert kernels is not None
-    shapes_of = tiles_of(contents, planned, card, one)
+    shapes_of = tiles_of(contents, planned, card, one, kernels.kernels)
     for batch, tiles in ((batch, shapes_of[batch]) for batch in session.options.images):
         about = {"kind": "shape", "label": label, "images": batch, "set": one.number, "words": one.words}
         about |= {"compiler": kernels.compiler}

@@ -7,12 +7,14 @@ What the shapes of ``tiles.py`` must keep to:
   same order in every batch. Warps and stages may differ.
 - A block takes BM = ``tile_shapes.rows_of`` rows, 8 to 64, or up to 256 in a shape of many rows; shared memory is
   ``tile_shapes.shared_bytes``.
-- The tiles of ``wo`` and ``w2`` decide how many sums of squares a consumer of x adds up, in registers.
+- The tiles of ``wo`` and ``w2`` decide how many sums of squares a consumer of x adds up: in registers, or in blocks of
+  many rows eight at a time.
 - Codes come in whole pieces, whose rows are of one group (``ProductTile.sub``), BK is a number of pieces.
 - ``ahead`` is a multiple of 16 bytes.
 
 Where a batch could change a row's result all the same: sums of squares are added in an order that depends on the layout
-of a tile in registers, which the compiler chooses for BM and warps; and another BM may take other instructions.
+of a tile in registers, which the compiler chooses for BM and warps, and is another one in blocks of many rows; and
+another BM may take other instructions.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from par_export.kernels.tiles import (
     MANY_ROWS,
     MOST_HELD_BYTES,
     MOST_STAGES,
+    few_of,
     holding,
     many_of,
     products,
@@ -288,14 +289,13 @@ def _tried(
     """What is tried of a layout, each with whether the next kernel is launched at once, and whether the planner weighs
     it: the planner's choice first.
     """
-    few = replace(chosen, many=None, stages=MOST_STAGES)
-    fit = {tile.stages: tile for tile in staged_of(few, columns, depth, rows_of(rows), target)}
-    many = list(many_of(few, kind, columns, depth, rows, target))
+    many = list(many_of(replace(chosen, many=None), kind, columns, depth, rows, target))
     if many:
-        best = min(fit.values(), key=lambda tile: product_us(tile, columns, depth, rows, target), default=None)
-        others = [*many, *([] if best is None else [best])]
+        few = few_of(chosen, columns, depth, rows, target)
+        others = [*many, *([few] if few else [])]
         yield from ((tile, target.at_once, True) for tile in sorted(others, key=lambda each: not _same(each, chosen)))
         return
+    fit = {tile.stages: tile for tile in staged_of(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)}
     most = max(fit)
     stages = [*dict.fromkeys((chosen.stages, most, (most + 3) // 2, 2))][:3]
     first, *more = (fit[count] for count in stages)

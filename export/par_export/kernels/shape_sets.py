@@ -9,7 +9,7 @@ It lies beside what it plans with, so that engines of other sets are engines of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,11 @@ class ShapeSet:
         self, contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()
     ) -> Planned:
         """A ``Planner``: without the shapes that the compiler refused, whose kinds are as the model chooses them."""
-        left = {kind: tile for kind, tile in self.shapes.items() if not _is_refused(kind, tile, refused)}
-        return plan(contents, images, self.card(target), refused, left, images[0])
+        return plan(contents, images, self.card(target), refused, self.left(refused), images[0])
+
+    def left(self, refused: Refused) -> Mapping[str, Tile]:
+        """Its shapes that are not ``refused``."""
+        return {kind: tile for kind, tile in self.shapes.items() if not _is_refused(kind, tile, refused)}
 
 
 def contents_of(path: Path) -> Contents:
@@ -102,10 +105,22 @@ def sets_of(contents: Contents, images: Sequence[int], card: Target, most: int =
     return [*sets, ShapeSet(len(sets), {}, AGAIN)]
 
 
-def tiles_of(contents: Contents, images: Sequence[int], card: Target, one: ShapeSet) -> Mapping[int, Tiles]:
-    """The shapes of an engine of a set by batch, if the compiler refuses none. Raises BuildError."""
-    stored = storages(contents.step)
-    return choose(contents.config, images, one.card(card), given=one.shapes, storages=stored, at=images[0])
+def tiles_of(
+    contents: Contents, images: Sequence[int], card: Target, one: ShapeSet, kernels: Collection[str]
+) -> Mapping[int, Tiles]:
+    """The shapes of an engine of a set by batch, which holds the ``kernels`` of these names. Raises BuildError.
+
+    What is planned and not among them was refused by the compiler, and something else planned in its place.
+    """
+    refused: Refused = frozenset()
+    while True:
+        planned = one(contents, images, card, refused)
+        missing = frozenset(spec for name, spec in planned.specs.items() if name not in kernels)
+        if missing <= refused:
+            break
+        refused |= missing
+    stored, given = storages(contents.step), one.left(refused)
+    return choose(contents.config, images, one.card(card), refused, given, stored, images[0])
 
 
 def is_of(tile: Tile, kernel: Kernel) -> bool:

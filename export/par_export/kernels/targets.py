@@ -54,7 +54,9 @@ class Target:
 
     @property
     def from_shared(self) -> bool:
-        """Whether the matrix units read what they multiply from shared memory: registers then hold the sums alone."""
+        """Whether the matrix units read activations, and weights that are numbers, from shared memory, so that a thread
+        has more registers for sums.
+        """
         return self.capability // 10 in (9, 10)
 
 

@@ -30,7 +30,7 @@ TURN_US = 0.1
 #: Bytes that a processor copies to shared memory in a microsecond.
 COPIED_PER_US = 120e3
 #: Of the rate of the data sheet, what products of few rows cost more; and blocks of many rows: the decoder's
-#: convolutions, whose blocks are as large, reached 430 to 480 TFLOP/s of 989 in the rows of the H200.
+#: largest convolutions, whose blocks are as large, reached 430 to 480 TFLOP/s of 989 in the rows of the H200.
 NARROW, MANY = 1.5, 1.8
 #: What a stream of weights reaches of the bandwidth of the data sheet.
 REACHED = 0.89

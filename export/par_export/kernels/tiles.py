@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -54,12 +55,18 @@ MOST_STEPS = 4  #: pieces of a block of K one after the other: each is a copy of
 MOST_HELD_BYTES, MOST_LOADED = 80 * 1024, 640
 WIDE_ROWS = 64  #: rows that the wide matrix instruction takes at least: keys of a block's own call have so many
 MOST_SPANS = 4  #: of keys that are held
-#: Of blocks of many rows: what is tried of each, in this order. A turn takes as many rows of a part as fit.
+#: Of blocks of many rows: what is tried of each, in this order. Of the last two the first that fit are taken: rows of a
+#: part in a turn, and turns that are in shared memory.
 MANY_ROWS, MANY_COLUMNS, MANY_DEPTH, MANY_STAGES = (256, 128, 64), (256, 128, 64), (64, 32, 16), (4, 3, 2)
-#: Of the registers of a thread, those for the sums of such a block, all parts together; the same where what is
-#: multiplied must be in registers too; and for the sums of one part, of those that both allow, where a thread must know
-#: a place in memory for each when it has them: one in x, or one in the caches and an angle.
-MANY_SUMS, SUMS_AND_OPERANDS, PLACED_SUMS, TURNED_PART = 128, 64, 64, 0.5
+#: Registers of a thread that the sums of such a block may take, all parts together.
+MANY_SUMS = 128
+#: The same where what is multiplied is in registers too (``Target.from_shared``).
+SUMS_AND_OPERANDS = 64
+#: Registers of a thread for the sums of one part, in the kernels that read and write x at a place of its own for each.
+PLACED_SUMS = 64
+#: The same of queries, keys and values, which are turned and go into the caches: a part of what may be in all. With two
+#: parts, or codes, some of these need more registers than there are: a build then takes others.
+TURNED_PART = 0.5
 MANY_SUB = 64  #: bytes of codes that a column has in a piece, at most, where blocks of many rows take it
 
 
@@ -162,6 +169,13 @@ def products(
     return [tiles for _, tiles in sorted(ranked, key=lambda pair: pair[0])]  # of equals the one with larger panels
 
 
+def few_of(tile: ProductTile, columns: int, depth: int, positions: int, target: Target) -> ProductTile | None:
+    """The panels of ``tile`` in the fastest shape by the model that is not of many rows; None where none fits."""
+    few = replace(tile, many=None, stages=MOST_STAGES)
+    staged = staged_of(few, columns, depth, rows_of(positions), target)
+    return min(staged, key=lambda each: product_us(each, columns, depth, positions, target), default=None)
+
+
 def many_of(
     tile: ProductTile,
     kind: str,
@@ -173,12 +187,12 @@ def many_of(
 ) -> Iterator[ProductTile]:
     """The panels of ``tile`` in blocks of many rows, each with the most stages that fit; not in those of ``gone``."""
     part = tile.BK // tile.parts
-    deep = next((each for each in MANY_DEPTH if part % each == 0), 0)
+    depths = [each for each in MANY_DEPTH if part % each == 0]
     if tile.bits:  # a piece, which must find room in registers
-        deep = tile.sub * 8 // tile.bits if tile.sub <= MANY_SUB else 0
-    if not deep or positions < min(MANY_ROWS):
+        depths = [tile.sub * 8 // tile.bits] if tile.sub <= MANY_SUB else []
+    if positions < min(MANY_ROWS):
         return
-    turns = -(-depth // tile.BK) // tile.split * (part // deep)
+    panels = -(-depth // tile.BK) // tile.split
     for wide in MANY_COLUMNS:
         if wide % tile.BN or -(-columns // tile.BN) * tile.BN % wide:
             continue
@@ -192,10 +206,10 @@ def many_of(
                 continue
             if (wide, tile.BK, rows, wide // tile.BN) in gone:
                 continue
-            for stages in MANY_STAGES:
+            for deep, stages in product(depths, MANY_STAGES):
                 many = replace(tile, ahead=0, held=0, many=Many(wide, rows, deep, warps, stages))
                 fits = shared_bytes(many, rows) <= MOST_SHARED * target.shared_block
-                if fits and stages <= max(2, turns):
+                if fits and stages <= max(2, panels * (part // deep)):
                     yield many
                     break
 

@@ -28,7 +28,7 @@ from par_export.kernels.request import KernelsRequest
 from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
-from par_export.kernels.tile_model import matrix_of
+from par_export.kernels.tile_model import matrix_of, product_us
 from par_export.kernels.tile_shapes import (
     NUMBERS,
     AttentionTile,
@@ -42,6 +42,7 @@ from par_export.kernels.tiles import (
     MOST_HELD_BYTES,
     attentions,
     choose,
+    few_of,
     few_spans,
     gone_of,
     holding,
@@ -169,9 +170,13 @@ def candidates(
         columns, depth = matrix_of(config, kind)
         positions = 2 * config.group_size * at
         every = many_of(first, kind, columns, depth, positions, card, gone)
-        many = [each for each in every if each.many != first.many]
+        many = sorted(
+            (each for each in every if each.many != first.many),
+            key=lambda each: product_us(each, columns, depth, positions, card),
+        )
         if first.many is not None:
-            others = [*many[:2], replace(first, many=None), *shapes[1:3], *many[2:], *shapes[3:]]
+            few = few_of(first, columns, depth, positions, card)
+            others = [*many[:2], *([few] if few else []), *shapes[1:3], *many[2:], *shapes[3:]]
             return [first, *others][:most]
         warps = [replace(first, warps=each) for each in (2, 4, 8) if each != first.warps]
         stages = [replace(first, stages=first.stages - 2)] if first.stages >= 4 else []
@@ -295,13 +300,14 @@ class _Trials:
 
 def table(rows: Sequence[Timing], best: Timing) -> list[str]:
     """The measurements as lines of text; those of the engine that is kept come last, the chosen one marked."""
-    lines = [f"{'kind':10} {'shape':46} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} {'max':>9}"]
+    wide = max(46, *(len(_words(row.tile)) for row in rows))
+    lines = [f"{'kind':10} {'shape':{wide}} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} {'max':>9}"]
     for row in rows:
         low, high = min(row.samples_ms) / row.images, max(row.samples_ms) / row.images
         chosen = row.kind == "" and row.capture == best.capture
         lines.append(
-            f"{row.kind or 'kept':10} {_words(row.tile):46} {row.capture:8} {row.images:6} {row.ms_per_image:13.2f} "
-            f"{low:9.2f} {high:9.2f}{'  <- chosen' if chosen else ''}"
+            f"{row.kind or 'kept':10} {_words(row.tile):{wide}} {row.capture:8} {row.images:6} "
+            f"{row.ms_per_image:13.2f} {low:9.2f} {high:9.2f}{'  <- chosen' if chosen else ''}"
         )
     return lines
 

@@ -181,6 +181,25 @@ def test_no_number_and_a_counter_that_stays_are_wrong(
     assert not any(line["kernel"] == kind for line in found.of("product"))
 
 
+def test_a_kernel_that_two_numbers_of_rows_have_in_common_counts_for_those_that_were_timed(
+    card: Driver, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A block of 64 rows of wo is the same kernel for 64 and for 128."""
+    small = [replace(SMALL, group_sizes=(4,))]
+    trials = trials_for(small, (8, 16), SM90)
+    of_64 = [trial for trial in trials if trial.product.rows == 64]
+    names = {trial.spec.name for trial in of_64}
+    assert any(trial.spec.name in names for trial in trials if trial not in of_64)
+    products_of_64 = len({trial.product for trial in of_64})
+    looks = iter([0.0] * (len(of_64) + products_of_64))  # one before each product, and one before each trial
+    monkeypatch.setattr(product_times, "time", SimpleNamespace(monotonic=lambda: next(looks, float("inf"))))
+    found = of_products(tmp_path, models=small, images=(8, 16))
+    assert {line["rows"] for line in found.of("product")} == {64}
+    assert found.left_out == [
+        f"products of PAR-S, 128 rows, {len(trials) - len(of_64)} of {len(trials) - len(of_64)} kernels: time"
+    ]
+
+
 def test_what_there_is_no_time_for_is_left_out_and_said(
     card: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

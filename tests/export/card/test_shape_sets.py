@@ -11,6 +11,8 @@ from par_export.card.plan import MODELS, Model, shaped
 from par_export.card.prepare import tokens_family
 from par_export.kernels.plan import plan
 from par_export.kernels.shape_sets import AGAIN, CHANGES, ShapeSet, contents_of, sets_of, tiles_of
+from par_export.kernels.spec import Spec
+from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tile_shapes import AttentionTile, ProductTile
 from par_export.kernels.tiles import choose
@@ -47,12 +49,12 @@ def test_every_set_has_another_shape_of_every_kernel_and_the_first_is_what_a_bui
     built = plan(contents, (1, 8), card)
     assert sets[0](contents, (1, 8), card).specs == built.specs
     for kind in ORDER:
-        tried = [getattr(tiles_of(contents, (1, 8), card, sets[0])[1], kind)]
+        tried = [getattr(tiles_of(contents, (1, 8), card, sets[0], built.specs)[1], kind)]
         tried += [one.shapes[kind] for one in sets if kind in one.shapes]
         assert len(tried) == len(set(tried)) > 2, kind
     for one in sets:  # the engine of a set has these very shapes
         planned = one(contents, (1, 8), card)
-        for batch, tiles in tiles_of(contents, (1, 8), card, one).items():
+        for batch, tiles in tiles_of(contents, (1, 8), card, one, planned.specs).items():
             for kind in one.shapes:
                 tile = getattr(tiles, kind)
                 if isinstance(tile, ProductTile):
@@ -89,6 +91,21 @@ def test_the_last_sets_change_how_kernels_follow_each_other() -> None:
         tiles = choose(large, (1,), ShapeSet(0, {}, "", change).card(card))[1]
         assert (tiles.gates.ahead > 0) == some
         assert tiles.wo.ahead == -(-1024 // tiles.wo.BK) // tiles.wo.split * tiles.wo.BN * tiles.wo.BK * 2  # all of it
+
+
+def test_the_shapes_of_an_engine_are_those_that_the_compiler_has_left(family: Path) -> None:
+    """Also of the engine as a build makes it: what it does not hold was refused, twice in a row here."""
+    contents, card = contents_of(family), TARGETS["SM90"]
+    one, refused = sets_of(contents, (1, 8), card)[0], frozenset[Spec]()
+    for _ in range(2):
+        planned = one(contents, (1, 8), card, refused).specs.values()
+        refused |= {spec for spec in planned if spec.source in ("step.gates", "step.qkv")}
+    engine = one(contents, (1, 8), card, refused)
+    found = tiles_of(contents, (1, 8), card, one, engine.specs)
+    assert found == choose(contents.config, (1, 8), card, refused, storages=storages(contents.step))
+    built = tiles_of(contents, (1, 8), card, one, one(contents, (1, 8), card).specs)
+    assert found[1].gates != built[1].gates
+    assert found[1].wo == built[1].wo
 
 
 def test_a_shape_that_the_compiler_refuses_is_not_planned_again(family: Path) -> None:

@@ -423,7 +423,7 @@ def test_their_engines_are_built_ahead(tmp_path: Path, monkeypatch: pytest.Monke
         engine = Engine.open(ready, Bundle.open(path))
         assert (engine.target, engine.images) == ("SM90", (1, 8))
         assert engine.kernels is not None
-        tiles = tiles_of(contents_of(path), (1, 8), TARGETS["SM90"], sets[number])
+        tiles = tiles_of(contents_of(path), (1, 8), TARGETS["SM90"], sets[number], engine.kernels.kernels)
         for kind in ORDER:
             assert any(is_of(getattr(tiles[1], kind), k) for k in engine.kernels.kernels.values() if _of(kind, k)), kind
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("engine.json")}

@@ -60,7 +60,7 @@ def test_scratch_memory_holds_what_the_blocks_write(size: str, query: int, image
         if parts > 1:
             assert profile.scratch["partial"][1] >= rows * blocks * parts * bm * bn * 4
             assert program.state["counters"][1] >= 4 * rows * blocks
-    assert seen >= 2
+    assert seen >= 1
 
 
 @pytest.mark.parametrize(
