@@ -159,6 +159,8 @@ def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy
             "BK": BK,
             "BM": BM,
             "PARTS": 1,
+            "PANELS": 0,
+            "DEEP": 0,
             "AHEAD": 0,
             "HELD": 0,
             "EARLY": False,

@@ -134,7 +134,7 @@ def test_every_target_has_blocks_of_many_rows_that_compile(
     refused, card = frozenset[Spec](), TARGETS[target]
     for _ in range(4):
         specs = of_many(planned(named(size, group_size=16), target, "fp16", OF_EIGHT, codes, refused=refused))
-        assert len(specs) >= 3
+        assert len(specs) >= 2
         compiled = compiler.compile(specs, card)
         faults = [spec for spec in specs if compiled[spec.name].fault(card) is not None]
         if not faults:

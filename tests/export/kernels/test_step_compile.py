@@ -132,12 +132,14 @@ def test_products_of_codes(
         assert compiled[spec.name].fault(TARGETS[target]) is None, spec
     for spec in specs:
         kernel, c = compiled[spec.name], dict(spec.constants)
-        assert all(kind.startswith("mma.m16n8k16") for kind in kernel.products)
+        unit = "wgmma" if c["PANELS"] and target == "SM90" else "mma.m16n8k16"
+        assert all(kind.startswith(unit) for kind in kernel.products)
         assert kernel.products
         assert not {"1", "2"} & {*kernel.copies}
         assert kernel.copies["16"] >= 2
-        panel = int(c["BN"]) * int(c["BK"]) * int(c["BITS"]) // 8
-        assert kernel.shared >= 2 * (panel + 2 * int(c["BK"]) * int(c["BM"]))
+        depth = int(c["DEEP"] or c["BK"])
+        panel = int(c["BN"]) * depth * int(c["BITS"]) // 8
+        assert kernel.shared >= 2 * (panel + 2 * depth * int(c["BM"]))
 
 
 @pytest.mark.parametrize(
