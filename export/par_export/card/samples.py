@@ -46,8 +46,7 @@ ODD = PARConfig(dim=400, n_layers=2, n_heads=4, vocab_size=1000, n_classes=7, gr
 #: Heads of 100 again, which a quantised wo takes padded to 104. Of groups of 128 rows only w2 has whole ones.
 ODD_CODES = PARConfig(dim=800, n_layers=2, n_heads=8, vocab_size=1000, n_classes=7, grid=(1, 12, 12))
 VIDEO = PARConfig(dim=128, n_layers=1, n_heads=2, vocab_size=64000, n_classes=5, grid=(1, 8, 8))
-#: The larger of two batches has 64 rows and more, for blocks of many rows: 90 and 192, of which some blocks have rows
-#: that are none, and 256.
+#: Some batches have 64 rows and more, for blocks of many rows: 64 and 256, and 90 and 192, which do not fill theirs.
 SAMPLES = (
     Sample("odd", ODD, ODD_VQ, 4),
     Sample("odd-bf16", ODD, None, 9, "bf16", images=(1, 5)),

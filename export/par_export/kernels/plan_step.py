@@ -336,7 +336,7 @@ def of_product(tile: ProductTile, bm: int, at_once: bool) -> dict[str, Constant]
     of_codes = {"BITS": tile.bits, "GROUP": tile.group, "SUB": tile.sub}
     nothing: dict[str, Constant] = {} if tile.bits else {"scales": 0}
     shape = {"BN": tile.columns, "BK": tile.BK, "BM": bm, "PARTS": tile.parts}
-    shape |= {"PANELS": tile.panels, "DEEP": tile.many.depth} if tile.many else {"PANELS": 0, "DEEP": 0}
+    shape |= {"PANELS": tile.many_panels, "DEEP": tile.many.depth if tile.many else 0}
     follows = {"AHEAD": tile.ahead, "HELD": tile.held, "EARLY": at_once}
     return shape | follows | of_codes | nothing
 

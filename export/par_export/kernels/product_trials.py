@@ -25,6 +25,7 @@ from par_export.kernels.tile_shapes import (
     Many,
     ProductTile,
     Storage,
+    block_of,
     numbers_of,
     panel_bytes,
     rows_of,
@@ -48,7 +49,7 @@ OF_FEW = ("warps", "stages", "ahead", "held")  #: of a shape that is not of many
 LAYOUTS = 12  #: of a product, those that the model finds fastest
 LAYOUTS_OF_CODES = 8
 LAYOUTS_OF_MANY = 6  #: where blocks of many rows are tried too, each layout in several of them
-MOST_ROWS_TRIED = 256
+MOST_ROWS_TRIED = 256  #: larger batches have more blocks of so many rows
 #: name -> type of the parameters of each source, where weights are numbers
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "step.gates": {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"},
@@ -317,8 +318,7 @@ def as_a_build_chooses(trials: Sequence[Trial], refused: Sequence[Trial]) -> Tri
     """
     gone: set[tuple[int, int, int, int]] = set()
     for trial in sorted((each for each in trials if each.planned), key=lambda each: (each.model_us, each.layout)):
-        tile = trial.tile
-        block = tile.columns, tile.BK, trial.block_rows, tile.panels if tile.many else 0
+        block = block_of(trial.tile, trial.product.rows)
         if block in gone:
             continue
         if trial not in refused:

@@ -128,7 +128,7 @@ def is_of(tile: Tile, kernel: Kernel) -> bool:
     constants = kernel.constants
     if isinstance(tile, ProductTile):
         wanted = {"BN": tile.columns, "BK": tile.BK, "BITS": tile.bits, "GROUP": tile.group}
-        wanted |= {"AHEAD": tile.ahead, "HELD": tile.held, "PANELS": tile.panels if tile.many else 0}
+        wanted |= {"AHEAD": tile.ahead, "HELD": tile.held, "PANELS": tile.many_panels}
         wanted |= {"BM": tile.many.rows, "DEEP": tile.many.depth} if tile.many else {}
         wanted |= {"SPLIT": tile.split} if "SPLIT" in constants else {}
     else:
@@ -140,6 +140,5 @@ def is_of(tile: Tile, kernel: Kernel) -> bool:
 def _is_refused(kind: str, tile: Tile, refused: Refused) -> bool:
     of = partial(shapes_of, refused, SOURCES[kind])
     if isinstance(tile, ProductTile):
-        panels = tile.panels if tile.many else 0
-        return (tile.bits, tile.columns, tile.BK, panels) in of(("BITS", "BN", "BK", "PANELS"))
+        return (tile.bits, tile.columns, tile.BK, tile.many_panels) in of(("BITS", "BN", "BK", "PANELS"))
     return (tile.span, tile.chunk, tile.held) in of(("SPAN", "CHUNK", "HELD"))

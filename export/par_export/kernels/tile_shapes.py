@@ -89,6 +89,11 @@ class ProductTile:
         return self.columns // self.BN
 
     @property
+    def many_panels(self) -> int:
+        """The same as kernels are told it: 0 where a block is not one of many rows."""
+        return self.panels if self.many else 0
+
+    @property
     def depth(self) -> int:
         """Rows of weights that a block takes in a turn."""
         return self.many.depth * self.parts if self.many else self.BK
@@ -182,6 +187,11 @@ def rows_of(positions: int, tile: ProductTile | None = None) -> int:
     """
     most = tile.many.rows if tile is not None and tile.many else MOST_ROWS
     return min(most, max(8, power(positions)))
+
+
+def block_of(tile: ProductTile, positions: int) -> tuple[int, int, int, int]:
+    """BN, BK, rows and PANELS of the kernel of ``positions`` rows, on which it depends whether it has the registers."""
+    return tile.columns, tile.BK, rows_of(positions, tile), tile.many_panels
 
 
 def panel_bytes(tile: ProductTile) -> int:

@@ -30,6 +30,7 @@ from par_export.kernels.tile_shapes import (
     ProductTile,
     Storage,
     Tiles,
+    block_of,
     panel_bytes,
     rows_of,
     shapes_of,
@@ -151,13 +152,15 @@ def products(
             positions = 2 * config.group_size * batch
             rows = rows_of(positions)
             tile = ProductTile(*layout, given.stages if given else MOST_STAGES, 0, storage.bits, storage.group)
-            few = list(staged_of(tile, columns, depth, rows, target))
-            if (*layout[:2], rows, 0) in gone:
-                few = []
-            many = list(many_of(tile, kind, columns, depth, positions, target, gone))
-            if given is not None and batch == at:
-                few, many = ([], [each for each in many if each.many == given.many]) if given.many else (few, [])
-            times = [(product_us(each, columns, depth, positions, target), each) for each in (*few, *many)]
+            tried = [
+                *staged_of(tile, columns, depth, rows, target),
+                *many_of(tile, kind, columns, depth, positions, target),
+            ]
+            times = [
+                (product_us(each, columns, depth, positions, target), each)
+                for each in tried
+                if block_of(each, positions) not in gone and (given is None or batch != at or each.many == given.many)
+            ]
             if not times:
                 break
             time, best = min(times, key=lambda pair: pair[0])  # of equals the first, with most stages
@@ -183,9 +186,8 @@ def many_of(
     depth: int,
     positions: int,
     target: Target,
-    gone: Collection[tuple[object, ...]] = (),
 ) -> Iterator[ProductTile]:
-    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit; not in those of ``gone``."""
+    """The panels of ``tile`` in blocks of many rows, each with the most stages that fit."""
     part = tile.BK // tile.parts
     depths = [each for each in MANY_DEPTH if part % each == 0]
     if tile.bits:  # a piece, which must find room in registers
@@ -203,8 +205,6 @@ def many_of(
             of_part = {"qkv": TURNED_PART * most, "wo": PLACED_SUMS, "w2": PLACED_SUMS}.get(kind, most)
             every = sums * (2 if tile.bits else tile.parts)  # of codes: those of a piece, and of all so far
             if rows > power(positions) or every > most or sums > of_part:
-                continue
-            if (wide, tile.BK, rows, wide // tile.BN) in gone:
                 continue
             for deep, stages in product(depths, MANY_STAGES):
                 many = replace(tile, ahead=0, held=0, many=Many(wide, rows, deep, warps, stages))

@@ -34,6 +34,7 @@ from par_export.kernels.tile_shapes import (
     AttentionTile,
     ProductTile,
     Storage,
+    block_of,
     numbers_of,
     panel_bytes,
     rows_of,
@@ -169,9 +170,9 @@ def candidates(
         first = shapes[0]
         columns, depth = matrix_of(config, kind)
         positions = 2 * config.group_size * at
-        every = many_of(first, kind, columns, depth, positions, card, gone)
+        every = many_of(first, kind, columns, depth, positions, card)
         many = sorted(
-            (each for each in every if each.many != first.many),
+            (each for each in every if each.many != first.many and block_of(each, positions) not in gone),
             key=lambda each: product_us(each, columns, depth, positions, card),
         )
         if first.many is not None:

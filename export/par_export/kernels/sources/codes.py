@@ -1,7 +1,26 @@
-"""Codes of quantised matrices as numbers, in registers (see ``product.py``)."""
+"""Codes of quantised matrices as numbers, in registers, and their scales (see ``product.py``)."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def scales_of(
+    columns,
+    row,
+    end,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """The scales of the two halves of the piece that begins at ``row``, or of the last one, which begins at ``end``."""
+    row = tl.minimum(row, end)
+    first = tl.load(columns + row // GROUP * BN)
+    second = first
+    if ROWS > GROUP:
+        second = tl.load(columns + (row + SUB) // GROUP * BN)
+    return first, second
 
 
 @triton.jit

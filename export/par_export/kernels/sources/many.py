@@ -9,7 +9,7 @@ shared memory. The panels are those that other batches read, and every sum has t
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.codes import halves, numbers
+from par_export.kernels.sources.codes import halves, numbers, scales_of
 
 
 @triton.jit
@@ -111,11 +111,10 @@ def of_many_codes(
     inputs = h + (rows.to(tl.int64) * STRIDE)[None, :] + k[:, None]
     sums = tl.zeros((BN, BM), tl.float32)
     begin, end = first * (BK // ROWS), last * (BK // ROWS)
-    a, b = scales_of_panels(columns, begin * ROWS, PANEL, GROUP, ROWS, SUB)
+    a, b = scales_of(columns, begin * ROWS, end * ROWS - ROWS, PANEL, GROUP, ROWS, SUB)
     for piece in tl.range(begin, end):
-        ahead = tl.minimum(piece + 1, end - 1) * ROWS
-        c, d = scales_of_panels(columns, ahead, PANEL, GROUP, ROWS, SUB)
         at = piece * ROWS
+        c, d = scales_of(columns, at + ROWS, end * ROWS - ROWS, PANEL, GROUP, ROWS, SUB)
         code = tl.load(codes + piece * (PANEL * SUB))
         if K % BK == 0:
             x = tl.load(inputs + at)
@@ -136,13 +135,3 @@ def of_many_codes(
                 sums += tl.dot(high, y) * b.to(tl.float32)[:, None]
         a, b = c, d
     return sums
-
-
-@triton.jit
-def scales_of_panels(columns, row, PANEL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr):
-    """The scales [BN] of the two halves of the pieces that begin at ``row`` of K."""
-    first = tl.load(columns + row // GROUP * PANEL)
-    second = first
-    if ROWS > GROUP:
-        second = tl.load(columns + (row + SUB) // GROUP * PANEL)
-    return first, second

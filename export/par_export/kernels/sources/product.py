@@ -18,7 +18,7 @@ instructions in fp16, three times in bf16.
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.codes import halves, numbers
+from par_export.kernels.sources.codes import halves, numbers, scales_of
 from par_export.kernels.sources.many import of_many, of_many_codes
 
 
@@ -248,22 +248,3 @@ def of_codes(
             codes += BN * SUB
         a0, a1, a2, a3, b0, b1, b2, b3 = c0, c1, c2, c3, d0, d1, d2, d3
     return tl.sum(sums, 0)
-
-
-@triton.jit
-def scales_of(
-    columns,
-    row,
-    end,
-    BN: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    SUB: tl.constexpr,
-):
-    """The scales of the two halves of the piece that begins at ``row``, or of the last one, which begins at ``end``."""
-    row = tl.minimum(row, end)
-    first = tl.load(columns + row // GROUP * BN)
-    second = first
-    if ROWS > GROUP:
-        second = tl.load(columns + (row + SUB) // GROUP * BN)
-    return first, second
