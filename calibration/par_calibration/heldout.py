@@ -12,6 +12,7 @@ import math
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration.errors import CalibrationError
+from par_calibration.pictures import HOW, Pictures, find_pictures, turns
 from par_runtime.bundle import HELDOUT, MANIFEST, Bundle, seal
 from par_runtime.checked import read_regular, shown, shown_path
-from par_runtime.clips.formats import FORMATS
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.known import sequence_tokens
@@ -35,13 +36,6 @@ MOST_FILE_BYTES = 2**28  #: of any file of tokens: half a million images of 256 
 MOST_ARRAY_BYTES = 2**29  #: of one of its arrays, unpacked
 MOST_HEADER_BYTES = 10_000
 MOST_IMAGES = 2**20
-ENCODED_AT_ONCE = 64
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-
-HOW = (
-    "expected a folder with one folder of pictures for each class (named as the class, or by its number), or a .npz of "
-    "'parvis encode'"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +64,7 @@ def find(bundle: Bundle, real: Path | None, most: int) -> HeldOut | None:
     None where there are none. Raises CalibrationError, RequestError, OSError.
     """
     if real is not None and real.is_dir():
-        return from_pictures(bundle, real, most)
+        return from_pictures(bundle, find_pictures(bundle, real, most))
     if real is not None:
         return read(bundle, real, shown_path(real)).first(most)
     if HELDOUT in bundle.files:
@@ -152,58 +146,21 @@ def read(bundle: Bundle, path: Path, source: str) -> HeldOut:
     return _in_turns(sequence_tokens(bundle, tokens), classes, source)
 
 
-def from_pictures(bundle: Bundle, folder: Path, most: int) -> HeldOut:
-    """At most ``most`` pictures of ``folder``, the same number of each class where there are as many, encoded by the
-    bundle. Raises CalibrationError, RequestError, OSError.
-    """
+def from_pictures(bundle: Bundle, pictures: Pictures) -> HeldOut:
+    """Real ``pictures`` as tokens of ``bundle``'s own encoder. Raises CalibrationError, RequestError, OSError."""
     if "encoder" not in bundle.graphs:
         raise CalibrationError(
-            f"--real {shown_path(folder)}: {bundle.path} has no encoder for pictures; give a .npz of 'parvis encode', "
-            "or export the bundle with its encoder"
+            f"--real {pictures.source}: {bundle.path} has no encoder for pictures; give a .npz of 'parvis encode', or "
+            "export the bundle with its encoder"
         )
-    folders = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    if not folders:
-        raise CalibrationError(f"--real {shown_path(folder)}: holds no folders; {HOW}")
-    files: list[tuple[int, int, Path]] = []
-    for one in folders:
-        try:
-            label = class_index(bundle, one.name)
-        except RequestError as error:
-            raise CalibrationError(f"--real {shown_path(folder)}: {error}; {HOW}") from None
-        endings = FORMATS if bundle.video else PICTURES
-        pictures = sorted(p for p in one.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
-        files += [(turn, label, picture) for turn, picture in enumerate(pictures)]
-    chosen = sorted(files)[:most]
-    if not chosen:
-        raise CalibrationError(f"--real {shown_path(folder)}: its folders hold no pictures; {HOW}")
-    tokenizer = Tokenizer(bundle)
-    try:
-        parts = [chosen[i : i + ENCODED_AT_ONCE] for i in range(0, len(chosen), ENCODED_AT_ONCE)]
-        tokens = np.concatenate([_encoded(tokenizer, [path for _, _, path in part]) for part in parts])
-    finally:
-        tokenizer.close()
-    return _in_turns(tokens, [label for _, label, _ in chosen], shown_path(folder))
-
-
-def _encoded(tokenizer: Tokenizer, paths: list[Path]) -> Int:
-    """The tokens [M,N] of pictures, or of clips. Raises CalibrationError, RequestError, OSError."""
-    if not tokenizer.bundle.video:
-        return tokenizer.encode(list(paths))
-    each = [tokenizer.encode(path) for path in paths]
-    for path, tokens in zip(paths, each, strict=True):
-        if len(tokens) != 1:
-            raise CalibrationError(f"{shown_path(path)}: holds {len(tokens)} clips; give a file for each (--out-dir)")
-    return np.concatenate(each)
+    with closing(Tokenizer(bundle)) as tokenizer:
+        tokens = np.concatenate([tokenizer.encode(pixels) for pixels in pictures.chunks()])
+    return HeldOut(tokens, pictures.labels, pictures.source, real=True)
 
 
 def _in_turns(tokens: Int, labels: Sequence[int], source: str) -> HeldOut:
     """The images so ordered that the classes take turns; those of one class stay in their order."""
-    seen: dict[int, int] = {}
-    turns = []
-    for label in labels:
-        seen[label] = seen.get(label, -1) + 1
-        turns.append(seen[label])
-    order = np.argsort(np.array(turns), kind="stable")
+    order = turns(labels)
     return HeldOut(tokens[order], tuple(int(labels[i]) for i in order), source, real=True)
 
 

@@ -110,6 +110,9 @@ def config_of(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: i
             n_classes=n_classes,
             grid=grid,
             group_size=args.group_size,
+            order=args.order,
+            sequential_initial=not args.parallel_initial,
+            causal_groups=args.causal_groups,
             dropout=args.dropout,
         )
     except ValueError as error:

@@ -54,6 +54,14 @@ class Settings(ByValue):
         return self.guidance > 1
 
 
+def in_words(settings: Settings) -> str:
+    """For instance "guidance 1.5, temperature 1, top-k 0, top-p 0.8"."""
+    s = settings
+    drawn = "greedy" if s.greedy else f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}"
+    interval = "" if s.guidance_interval < 0 else f" to call {s.guidance_interval}"
+    return f"guidance {s.guidance:g}{interval}, {drawn}"
+
+
 def array(name: str, value: ArrayLike) -> NDArray[Any]:
     """``value`` as an array. Raises RequestError, with ``name``, where it is none: rows of different lengths, or an
     object that numpy cannot read. A series that is longer than any request is not read: a range takes no memory, nor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from par_model.config import SIZES
+from par_model.config import ORDERS, SIZES
 from par_model.training.cli import Parser, add_run, path, verb
 
 
@@ -48,7 +48,29 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let torch.compile fuse the kernels of a layer: worth it on a GPU in runs of a few minutes or more",
     )
+    add_ablations(p)
     return p
+
+
+def add_ablations(p: argparse.ArgumentParser) -> None:
+    """Add what the paper's ablations change (its table 4). They are for comparing: the defaults are the method."""
+    group = p.add_argument_group("ablations of the paper", "to see what the method gains by each of its parts")
+    group.add_argument(
+        "--order",
+        choices=ORDERS,
+        default=ORDERS[0],
+        help="distant: a group takes one token in each of n regions; raster: it is n neighbours of the raster order",
+    )
+    group.add_argument(
+        "--parallel-initial",
+        action="store_true",
+        help="draw the first n tokens in one call too, and not one by one",
+    )
+    group.add_argument(
+        "--causal-groups",
+        action="store_true",
+        help="a token of a group does not see the inputs of those behind it; such a model cannot be exported",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,6 +50,11 @@ VERBS = {
     "reconstruct": Verb("par_runtime.cli.reconstruct", "encode images or clips to tokens and decode them again"),
     "edit": Verb("par_runtime.cli.edit", "make a part of an image or a clip anew and keep the rest"),
     "sample": Verb("par_runtime.cli.sample", "make the images of an evaluation (FID), as one .npz"),
+    "evaluate": Verb(
+        "par_calibration.cli.evaluate",
+        "compare bundles with real images: likelihood, distance, settings",
+        ("cpu", "cpu,calibrate"),
+    ),
     "serve": Verb(
         "par_runtime.cli.serve", "answer requests for images over HTTP, many users at once", ("cpu", "cpu,serve")
     ),
@@ -101,11 +106,10 @@ VERBS = {
 
 #: What others have as verbs, and where it is here.
 ELSEWHERE = {
-    "score": "images are scored in Python, by Pipeline.score (README)",
+    "score": "'parvis evaluate' scores held-out images, and Pipeline.score any, in Python (README)",
     "decode": "tokens become images in Python, by Pipeline.decode (README); 'parvis reconstruct' takes pictures",
     "quantize": "'parvis calibrate' makes weights smaller, with the proof that images do not suffer",
-    "fid": "'parvis sample' makes the images that evaluations take (docs/evaluation.md)",
-    "evaluate": "'parvis sample' makes the images that evaluations take (docs/evaluation.md)",
+    "fid": "'parvis sample' makes the images that an FID takes (docs/evaluation.md)",
 }
 
 

@@ -17,6 +17,7 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded, out_of_memory, printable
 from par_runtime.cli.inputs import check_batch, load_pipeline, say_why_on_the_cpu
 from par_runtime.errors import BundleError, CudaError, OutputsError, RequestError
+from par_runtime.request import in_words
 from par_runtime.samples import LABELS, Plan, join_samples, make_samples
 from par_runtime.samples.file import check_new, part_of
 from par_runtime.system import explain
@@ -57,18 +58,14 @@ def run(args: argparse.Namespace) -> int:
         "settings": asdict(plan.settings),
         "seconds": seconds,
     }
-    _report(args, row, f"{args.out}: {len(plan)} images of {_size(plan.image_shape)}, {_in_words(plan)}")
+    _report(
+        args,
+        row,
+        f"{args.out}: {len(plan)} images of {_size(plan.image_shape)}, {plan.labels} labels, {in_words(plan.settings)}",
+    )
     if made and not (args.quiet or args.json):
         print(f"{made} made now in {duration(seconds)}, {pipeline.backend.info.name}")
     return 0
-
-
-def _in_words(plan: Plan) -> str:
-    """The settings of all images, which decide the figure that comes out."""
-    s = plan.settings
-    drawn = "greedy" if s.greedy else f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}"
-    interval = "" if s.guidance_interval < 0 else f" to call {s.guidance_interval}"
-    return f"{plan.labels} labels, guidance {s.guidance:g}{interval}, {drawn}"
 
 
 def join(args: argparse.Namespace) -> int:

@@ -112,6 +112,9 @@ def test_products_of_many_rows_are_checked_and_timed(card: Driver, tmp_path: Pat
             tuple(line[name] for name in ("columns", "block_rows", "depth", "warps", "stages"))[: len(block)] == block
         )
         assert (line["rows"], line["parts"]) == (128, trial.tile.parts)
+    # Which shape is the fastest on the stand-in is chance, so one of many rows is made it.
+    fastest = next(line for line in lines if line.get("block_rows") == 128 and line["columns"] == 64)
+    fastest["samples_us"] = [1e-6] * len(fastest["samples_us"])
     assert "columns 64, block_rows 128, depth" in markdown([found])
 
 

@@ -1,0 +1,80 @@
+"""Sets of images against held-out ones: at equal sizes, many times, so that every row has the same floor.
+
+A Frechet distance of few images is too large, by an amount that depends on how many there are. So each distance is the
+mean over many random draws of equally many images of both sides, and the floor, what two sets of real images have, is
+measured at that size too. Classes are drawn in proportion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_calibration.report.frechet import Double, distance
+
+DRAWS = 100
+LEAST = 8  #: images of a side, for a covariance that means anything
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The features [M,F] of a set of images, and their classes [M]."""
+
+    values: Double
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The mean of the draws, and 5 % and 95 % of them."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def drawn_size(held_out: Features, sets: Sequence[Features]) -> int:
+    """How many images of each side a draw takes: the held-out ones must be enough for two sides."""
+    return min([len(held_out) // 2, *map(len, sets)])
+
+
+def distances(held_out: Features, sets: Sequence[Features], seed: int) -> list[Distance]:
+    """The distance of other held-out images, then of each of ``sets``, from held-out ones.
+
+    All are against the same draws of held-out images, so that their differences have less noise than each alone.
+    """
+    size = drawn_size(held_out, sets)
+    found: list[list[float]] = [[] for _ in range(1 + len(sets))]
+    for draw in range(DRAWS):
+        rng = np.random.default_rng((seed, draw))
+        first = share(held_out.labels, size, rng)
+        rest = np.setdiff1d(np.arange(len(held_out)), first)
+        real = held_out.values[first]
+        other = rest[share(held_out.labels[rest], size, rng)]
+        found[0].append(distance(real, held_out.values[other]))
+        for one, to in zip(sets, found[1:], strict=True):
+            to.append(distance(real, one.values[share(one.labels, size, rng)]))
+    return [Distance(float(np.mean(each)), *map(float, np.quantile(each, (0.05, 0.95)))) for each in found]
+
+
+def share(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """``size`` indices of ``labels`` [M] at random, each class in proportion as nearly as whole numbers allow."""
+    by_class = np.lexsort((rng.random(len(labels)), labels))
+    at = (rng.random() + np.arange(size)) * (len(labels) / size)
+    return by_class[at.astype(np.intp)]
+
+
+def spread(features: Features) -> float | None:
+    """The mean, over classes, of the summed variances of the features within a class; None where no class has two.
+
+    Of the variances of M images, with M - 1 in the denominator, so that sets of any size can be compared.
+    """
+    each = [features.values[features.labels == label] for label in np.unique(features.labels)]
+    several = [of_class.var(0, ddof=1).sum() for of_class in each if len(of_class) > 1]
+    return float(np.mean(several)) if several else None
