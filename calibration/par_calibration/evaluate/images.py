@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from par_calibration.evaluate.distances import DRAWS, LEAST, Features, distances, drawn_size, spread
 from par_calibration.evaluate.result import Comparison, Set
 from par_calibration.report import frechet
+from par_calibration.report.frechet import Double
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown_path
 from par_runtime.errors import RequestError
@@ -45,11 +46,15 @@ class Sets:
         self._sets.append((name, self._of(name, images), settings))
 
     def _of(self, name: str, images: Some) -> Features:
-        found, labels, shown = [], [], []
+        found: list[Double] = []
+        labels: list[Labels] = []
+        shown: list[Pixels] = []
+        left = self._shown
         for some, classes in images:
             found.append(self._features.of(some))
             labels.append(classes)
-            shown.append(_middle(some[: max(0, self._shown - sum(map(len, shown)))]).copy())
+            shown.append(_middle(some[:left]).copy())
+            left -= len(shown[-1])
         if not found:
             raise RequestError(f"{name}: holds no images of these classes; give others with --label")
         self.rows.append(np.concatenate(shown))

@@ -152,7 +152,7 @@ class _Evaluating:
                 )
         if bundle is None:
             self.notes.append(
-                "No images are compared: no bundle has an encoder, which gives the features; --features-of names another."
+                "No images are compared: no bundle has an encoder, which gives the features; --features-of names one."
             )
         elif min(bundle.grid[1:]) < 2:
             self.notes.append("No images are compared: the token grid has no quarters, of which features are made.")
