@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +57,28 @@ class HeldOut:
         """The first ``count`` images; since classes take turns, these are of as many classes as possible."""
         return HeldOut(self.tokens[:count], self.labels[:count], self.source, self.real)
 
+    def of_classes(self, only: Collection[int]) -> HeldOut:
+        """Those of the classes ``only``; all where none is named. Raises CalibrationError where there are none."""
+        if not only:
+            return self
+        chosen = [i for i, label in enumerate(self.labels) if label in only]
+        if not chosen:
+            raise CalibrationError(f"{self.source}: holds no images of these classes; give others with --label")
+        return HeldOut(self.tokens[chosen], tuple(self.labels[i] for i in chosen), self.source, self.real)
 
-def find(bundle: Bundle, real: Path | None, most: int) -> HeldOut | None:
-    """At most ``most`` held-out images: those of ``real`` (a folder or a file), else those that the bundle holds.
+
+def find(bundle: Bundle, real: Path | None, most: int, only: Collection[int] = ()) -> HeldOut | None:
+    """At most ``most`` held-out images: those of ``real`` (a folder or a file), else those that the bundle holds;
+    ``only`` of these classes, where any is named.
 
     None where there are none. Raises CalibrationError, RequestError, OSError.
     """
     if real is not None and real.is_dir():
-        return from_pictures(bundle, find_pictures(bundle, real, most))
+        return from_pictures(bundle, find_pictures(bundle, real, most, only))
     if real is not None:
-        return read(bundle, real, shown_path(real)).first(most)
+        return read(bundle, real, shown_path(real)).of_classes(only).first(most)
     if HELDOUT in bundle.files:
-        return read(bundle, bundle.path / HELDOUT, f"{HELDOUT} of the bundle").first(most)
+        return read(bundle, bundle.path / HELDOUT, f"{HELDOUT} of the bundle").of_classes(only).first(most)
     return None
 
 

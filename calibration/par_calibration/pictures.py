@@ -6,7 +6,7 @@ Two forms: a folder with one folder of files for each class, and the raw form th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,25 +50,29 @@ class Pictures:
             yield self.read(slice(first, first + AT_ONCE))
 
 
-def find_pictures(bundle: Bundle, folder: Path, most: int) -> Pictures:
-    """At most ``most`` pictures of ``folder``, the same number of each class where there are as many.
+def find_pictures(bundle: Bundle, folder: Path, most: int, only: Collection[int] = ()) -> Pictures:
+    """At most ``most`` pictures of ``folder``, the same number of each class where there are as many; ``only`` of these
+    classes, where any is named.
 
     Raises CalibrationError, RequestError, OSError.
     """
     if any((folder / name).is_file() for name in RAW):
-        return _raw(bundle, folder, most)
+        return _raw(bundle, folder, most, only)
     folders = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
     if not folders:
         raise CalibrationError(f"--real {shown_path(folder)}: holds no folders; {HOW}")
     files: list[tuple[int, int, Path]] = []
     for one in folders:
         label = _class(bundle, one.name, folder)
+        if only and label not in only:
+            continue
         endings = FORMATS if bundle.video else ENDINGS
         found = sorted(p for p in one.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
         files += [(turn, label, picture) for turn, picture in enumerate(found)]
     chosen = sorted(files)[:most]
     if not chosen:
-        raise CalibrationError(f"--real {shown_path(folder)}: its folders hold no pictures; {HOW}")
+        what = "pictures of these classes; give others with --label, or" if only else "pictures;"
+        raise CalibrationError(f"--real {shown_path(folder)}: its folders hold no {what} {HOW}")
     paths = [path for _, _, path in chosen]
 
     def read(part: slice) -> Pixels:
@@ -104,7 +108,7 @@ def _clip(bundle: Bundle, path: Path) -> Pixels:
     return fitted_clip(bundle, clips[0], "crop", str(path))
 
 
-def _raw(bundle: Bundle, folder: Path, most: int) -> Pictures:
+def _raw(bundle: Bundle, folder: Path, most: int, only: Collection[int]) -> Pictures:
     """Those of a folder of the raw form. Raises CalibrationError, OSError."""
     from par_model.training.files import InputError
 
@@ -125,7 +129,11 @@ def _raw(bundle: Bundle, folder: Path, most: int) -> Pictures:
         holds, makes = ("clips", "images") if data.ndim == 5 else ("images", "clips")
         raise CalibrationError(f"--real {shown_path(folder)}: holds {holds}, {bundle.path} makes {makes}; give {makes}")
     used = {label: _class(bundle, names[label], folder) for label in sorted(set(labels.tolist()))}
-    chosen = turns(labels.tolist())[:most]
+    classes = np.array([used[label] for label in labels.tolist()])
+    wanted = np.flatnonzero(np.isin(classes, list(only))) if only else np.arange(len(classes))
+    if not len(wanted):
+        raise CalibrationError(f"--real {shown_path(folder)}: holds none of these classes; give others with --label")
+    chosen = wanted[turns(classes[wanted].tolist())][:most]
 
     def read(part: slice) -> Pixels:
         found = data[chosen[part]]
@@ -139,4 +147,4 @@ def _raw(bundle: Bundle, folder: Path, most: int) -> Pictures:
 
         return np.stack([fit_image(Image.fromarray(one), pixels(bundle)) for one in found])
 
-    return Pictures(shown_path(folder), tuple(used[int(labels[i])] for i in chosen), read)
+    return Pictures(shown_path(folder), tuple(classes[chosen].tolist()), read)

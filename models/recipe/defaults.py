@@ -2,9 +2,9 @@
 
     python defaults.py ../demo ../demo-n1 ../demo-n16 --top-p 0.7
 
-``settings.py`` shows which ones are good. What is not given stays as it is. Only the manifest changes, and with it the
-hash of the bundle: an engine that was built from it must be built again, and ``parvis redo`` of an older picture needs
-the older bundle. Where one of the bundles cannot be changed, none is.
+``parvis evaluate`` shows which ones are good. What is not given stays as it is. Only the manifest changes, and with it
+the hash of the bundle: an engine that was built from it must be built again, and ``parvis redo`` of an older picture
+needs the older bundle. Where one of the bundles cannot be changed, none is.
 """
 
 from __future__ import annotations

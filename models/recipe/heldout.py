@@ -30,6 +30,8 @@ from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.tokenizer import Tokenizer
 
+EACH = Limit(1, 10**6)  #: of ``--each``
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
@@ -61,7 +63,7 @@ def read_unseen(args: argparse.Namespace, bundle: Bundle) -> tuple[NDArray[np.ui
 
     Raises InputError where they are not of the classes and the size of ``bundle``; OSError.
     """
-    numbers.check(args, {"each": Limit(1, 10**6)})
+    numbers.check(argparse.Namespace(each=args.each), {"each": EACH})
     held_out, train = RawImages.open(args.held_out), RawImages.open(args.train)
     for folder, images in ((args.held_out, held_out), (args.train, train)):
         check_fits(bundle, folder, images)

@@ -29,7 +29,9 @@ OPTIONS = {
     "n_classes": "classes of --codes",
     "grid": "grid of --codes",
     "strides": "--time-strides",
+    "sequential_initial": "--parallel-initial",
 }
+FLAGS = {"--parallel-initial": False, "--causal-groups": True}  #: options without a value -> what each sets
 FREE = ("dropout",)  #: what may be another when a run goes on
 ANEW = "without a whole copy of it, begin again in another --run folder; nothing was changed"
 MOST_STEPS = 10**15  #: of --steps
@@ -77,7 +79,7 @@ def check_run(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -
     pairs = {OPTIONS.get(k, f"--{k.replace('_', '-')}"): (saved[k], config[k]) for k in config if k in shared}
     other = {name: both for name, both in pairs.items() if _plain(both[0]) != _plain(both[1])}
     if other:
-        was, now = (", ".join(f"{name} {_shown(name, both[i])}" for name, both in other.items()) for i in (0, 1))
+        was, now = (", ".join(_shown(name, both[i]) for name, both in other.items()) for i in (0, 1))
         raise InputError(f"--resume: the run in {path.parent} was trained with {was}; given now: {now}; {AGAIN}")
 
 
@@ -86,12 +88,14 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(name: str, value: Any) -> str:
-    """``value`` as it is given on the command line."""
+    """An option and its ``value`` as they are given on the command line."""
+    if name in FLAGS:
+        return name if value == FLAGS[name] else f"no {name}"
     if name == "--time-strides" and isinstance(value, (list, tuple)):
         value = [stride[0] for stride in value]
     if name == "grid of --codes" and isinstance(value, (list, tuple)):
-        return "x".join(map(str, value))
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        return f"{name} {'x'.join(map(str, value))}"
+    return f"{name} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
 
 
 def check_numbers(path: Path, state: Mapping[str, Any]) -> None:

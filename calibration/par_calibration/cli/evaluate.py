@@ -13,7 +13,7 @@ from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from par_calibration.evaluate.run import Outcome, Request
+    from par_calibration.evaluate import Outcome, Request
 
 SETTINGS: dict[str, Callable[[str], float]] = {"guidance": float, "temperature": float, "top_k": int, "top_p": float}
 
@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables. Raises RequestError, BundleError, CudaError, OSError."""
-    from par_calibration.evaluate.run import evaluate
+    from par_calibration.evaluate import evaluate
     from par_calibration.evaluate.text import lines
     from par_runtime.system import check_writable
 
     if args.sheet is not None:
+        _keep_inputs(args)
         check_writable(args.sheet)
     with Bar(args.quiet or args.json, unit="image") as bar:
 
@@ -40,18 +41,18 @@ def run(args: argparse.Namespace) -> int:
                 print(printable(line), flush=True)
 
         outcome = evaluate(_request(args, say, bar))
-    if args.sheet is not None:
-        _write_sheet(args.sheet, outcome)
     if args.json:
         print(json.dumps(outcome.evaluation.as_json(), allow_nan=False))
     elif not args.quiet:
         print("\n".join(printable(line) for line in ["", *lines(outcome.evaluation)]))
+    if args.sheet is not None:  # last: one that fails must not lose the figures
+        _write_sheet(args.sheet, outcome)
     return 0
 
 
 def _request(args: argparse.Namespace, say: Callable[[str], object], bar: Bar) -> Request:
     """The options as a request. Raises RequestError, BundleError, OSError."""
-    from par_calibration.evaluate.run import Request
+    from par_calibration.evaluate import Request
     from par_runtime.bundle import Bundle
     from par_runtime.cli.inputs import check_batch, class_indices
     from par_runtime.request import first_seed
@@ -67,6 +68,13 @@ def _request(args: argparse.Namespace, say: Callable[[str], object], bar: Bar) -
             f"{', '.join(given)}: no images are generated, so there is nothing to set; leave it out, or give "
             "--generated N"
         )
+    if args.generated == 0 and not args.samples:
+        for name in ("sheet", "features_of"):
+            if getattr(args, name) is not None:
+                raise RequestError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)}: no images are compared; leave it out, or give "
+                    "--generated N or --samples"
+                )
     labels = () if args.label is None else class_indices(Bundle.open(args.bundle[0], verify="none"), args.label)
     return Request(
         bundles=args.bundle,
@@ -91,6 +99,17 @@ def _request(args: argparse.Namespace, say: Callable[[str], object], bar: Bar) -
     )
 
 
+def _keep_inputs(args: argparse.Namespace) -> None:
+    """Raise RequestError where ``--sheet`` would replace an input, or become a picture of one."""
+    from par_model.training.files import InputError, keep_inputs
+
+    try:
+        for samples in args.samples or [None]:
+            keep_inputs("--sheet", [args.sheet], real=args.real, samples=samples)
+    except InputError as error:
+        raise RequestError(str(error)) from None
+
+
 def _write_sheet(path: Path, outcome: Outcome) -> None:
     """A row of images for each row of the last table. Raises RequestError, OSError."""
     import numpy as np
@@ -100,8 +119,14 @@ def _write_sheet(path: Path, outcome: Outcome) -> None:
     if not outcome.rows:
         raise RequestError(f"--sheet {path}: no images were compared, so there are none to show; see the notes")
     columns = max(map(len, outcome.rows))
-    size = outcome.rows[0].shape[1:3]
-    check_sheet(columns * len(outcome.rows), columns, size)
+    height, width = outcome.rows[0].shape[1:3]
+    try:
+        check_sheet(columns * len(outcome.rows), columns, (height, width))
+    except RequestError:
+        raise RequestError(
+            f"--sheet {path}: {len(outcome.rows)} rows of {columns} images of {width}x{height} pixels are more than "
+            f"other programs open; give fewer than --shown {columns}"
+        ) from None
     padded = [
         np.concatenate([row, np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)]) for row in outcome.rows
     ]
@@ -151,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
             help="one or several; every combination of settings is a row (default: the bundle's)",
         )
     options.add_labels(p, "only these classes (default: all)")
-    p.add_argument("--seed", type=int, help="of the first image of every row, 0 .. 2**64-1 (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the first image of every row, 0 .. 2**64-1 (default: 0)")
     p.add_argument(
         "--features-of",
         type=options.path,

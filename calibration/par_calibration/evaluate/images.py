@@ -37,6 +37,11 @@ class Sets:
         """The classes of the held-out images; None where there are none yet."""
         return None if self._held_out is None else self._held_out.labels
 
+    @property
+    def fewest(self) -> int | None:
+        """Images of the smallest set; None where there are no sets yet."""
+        return min((len(features) for _, features, _ in self._sets), default=None)
+
     def hold_out(self, images: Some, pixels: str) -> None:
         """Compare everything with these ``images``; ``pixels``: what they are, in words."""
         self._held_out, self._pixels = self._of("held-out", images), pixels
@@ -82,11 +87,9 @@ class Sets:
             draws=DRAWS,
             held_out=len(self._held_out),
             pixels=self._pixels,
-            floor=Set(
-                "held-out", len(self._held_out), floor.mean, floor.low, floor.high, 0.0, relative(self._held_out)
-            ),
+            floor=Set("held-out", len(self._held_out), floor.mean, 0.0, floor.margin, relative(self._held_out)),
             sets=tuple(
-                Set(name, len(features), d.mean, d.low, d.high, d.mean - floor.mean, relative(features), settings)
+                Set(name, len(features), d.mean, d.over, d.margin, relative(features), settings)
                 for (name, features, settings), d in zip(self._sets, rest, strict=True)
             ),
         )

@@ -41,7 +41,7 @@ def scored(pipeline: Pipeline, name: str, held: HeldOut, seed: int, on_image: On
             on_image(part.stop, len(held))
     of_image = nats.mean(1)
     low, high = interval(of_image, seed) if len(held) > 1 else (None, None)
-    names = [str(each["name"] or each["index"]) for each in classes(bundle)]
+    names = class_names(bundle)
     labels = np.array(held.labels)
     where = positions_of(bundle)
     raster = np.empty_like(held.tokens)
@@ -61,6 +61,12 @@ def scored(pipeline: Pipeline, name: str, held: HeldOut, seed: int, on_image: On
         classes={names[label]: float(of_image[labels == label].mean()) for label in sorted(set(held.labels))},
     )
     return Scored(found, of_image, raster, held.labels)
+
+
+def class_names(bundle: Bundle) -> list[str]:
+    """A name for each class; with its index where another one has the same name (ImageNet has two cranes)."""
+    names = [str(each["name"] or each["index"]) for each in classes(bundle)]
+    return [name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 
 
 def beside_the_first(found: Sequence[Scored], seed: int) -> list[Likelihood]:
@@ -90,8 +96,3 @@ def same_images(one: Scored, other: Scored) -> bool:
         and bool((one.raster == other.raster).all())
         and one.likelihood.codes == other.likelihood.codes
     )
-
-
-def uniform(bundle: Bundle) -> float:
-    """Nats per token of guessing all codes alike."""
-    return float(np.log(bundle.vocab_size))

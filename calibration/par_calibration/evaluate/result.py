@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from par_runtime.metrics import finite
 from par_runtime.request import Settings
 
 
@@ -46,9 +47,8 @@ class Set:
     name: str
     images: int
     distance: float  #: Frechet distance, the mean over random draws of equally many of both
-    low: float  #: 5 % and 95 % of these draws
-    high: float
     over_floor: float  #: ``distance`` less that of the floor
+    margin: float  #: sets made with other seeds are within so much of it, 95 % of them; too wide near the floor
     spread: float | None  #: how much images of a class differ, relative to the held-out ones
     settings: Settings | None = None  #: None: of no generation, or not known
 
@@ -79,4 +79,5 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``; every number is finite."""
-        return asdict(self)
+        cleaned: dict[str, Any] = finite(asdict(self))
+        return cleaned

@@ -1,0 +1,102 @@
+"""``parvis evaluate --samples``: files of ``parvis sample`` beside held-out images, and what they say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluating import NAMES, TINY, doctored, evaluated, samples, sheet_rows, shown
+from recipe_scripts import raw_folder
+
+from par_calibration.evaluate import distances
+from par_calibration.evaluate.run import about_samples, of_samples, settings_of
+from par_runtime import Pipeline, Settings
+
+LABELS = [i % 6 for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Iterator[Pipeline]:
+    with Pipeline.load(TINY, "cpu", threads=1, selftest=False) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def real(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in the raw form."""
+    made = pipeline.generate(LABELS, seed=7, temperature=0.5).images
+    assert made is not None
+    return raw_folder(tmp_path_factory.mktemp("real") / "raw", made, np.array(LABELS), NAMES)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "DRAWS", 10)
+
+
+def test_samples_are_named_with_their_settings_and_measured_as_the_same_images_made_now(
+    pipeline: Pipeline, real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = samples(pipeline, tmp_path / "s.npz", 24, labels="balanced", seed=9, guidance=2, top_p=0.5)
+    alone = evaluated(capsys, TINY, "--real", real, "--samples", file, "--seed", "9", "--sheet", tmp_path / "a.png")
+    (stored,) = alone["comparison"]["sets"]
+    assert (stored["name"], stored["images"]) == (str(file), 24)
+    assert stored["settings"] == vars(Settings(2.0, 1.0, 0, 0.5))
+    both = ("--generated", "24", "--guidance", "2", "--top-p", "0.5", "--seed", "9")
+    made, again = evaluated(capsys, TINY, "--real", real, "--samples", file, *both)["comparison"]["sets"]
+    assert again == stored
+    assert made == stored | {"name": str(TINY)}
+    rows = sheet_rows(tmp_path / "a.png", 2, 12)
+    np.testing.assert_array_equal(rows[1], pipeline.generate(LABELS, seed=9, guidance=2, top_p=0.5).images[:12])
+
+
+def test_the_table_of_images_says_what_the_numbers_are(
+    pipeline: Pipeline, real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy = samples(pipeline, tmp_path / "greedy.npz", 17, greedy=True)
+    unknown = doctored(greedy, tmp_path / "unknown.npz", settings=None)
+    command = [TINY, "--real", real, "--samples", greedy, unknown, "--generated", "16", "--top-k", "3"]
+    compared = evaluated(capsys, *command)["comparison"]
+    lines = [" ".join(line.split()) for line in shown(capsys, *command)]
+    assert lines[2] == f"{TINY}: 16 images, guidance 1.5, temperature 1, top-k 3, top-p 1"
+    at = next(i for i, line in enumerate(lines) if line.startswith("Images beside the held-out ones"))
+    assert f"in features of {TINY} " in lines[at]
+    assert "mean of 100 draws of 8 images of both sides. The held-out ones are the pictures;" in lines[at + 1]
+    rows = lines[at + 3 :]
+    floor, sets = compared["floor"], compared["sets"]
+
+    def numbers(one: dict[str, Any], over: str = "") -> str:
+        return f"{one['distance']:.4f} {over}{one['spread']:.2f}"
+
+    of_sets = [numbers(one, f"{one['over_floor']:+.4f} +- {one['margin']:.4f} ") for one in sets]
+    assert rows == [
+        f"held-out 24 {numbers(floor)}",
+        f"{TINY} 1.5 1 3 1 16 {of_sets[0]}",
+        f"{greedy} 1.5 greedy 17 {of_sets[1]}",
+        f"{unknown} 17 {of_sets[2]}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [None, [1], "fast", {"guidance": "x"}, {"top_p": {"a": 1}}, {"top_p": 7}, {"heat": 1}, {"guidance": None}],
+)
+def test_settings_that_are_none_are_left_out(pipeline: Pipeline, settings: object) -> None:
+    """They come from a file, and a table of them is printed after all of the work."""
+    assert settings_of({"settings": settings}, pipeline.bundle) is None
+    assert settings_of({"settings": {"top_p": 0.5}}, pipeline.bundle) == Settings(top_p=0.5)
+
+
+def test_samples_are_read_in_parts_with_the_classes_of_their_seeds(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("par_calibration.evaluate.run.READ_AT_ONCE", 4)
+    file = samples(pipeline, tmp_path / "s.npz", 21, part=(2, 2), seed=2)
+    parts = list(of_samples(file, about_samples(file, pipeline.bundle, frozenset())))
+    assert [len(some) for some, _ in parts] == [4, 4, 3]
+    with np.load(file) as stored:
+        np.testing.assert_array_equal(np.concatenate([some for some, _ in parts]), stored["arr_0"])
+        np.testing.assert_array_equal(np.concatenate([labels for _, labels in parts]), stored["arr_1"])
