@@ -11,8 +11,8 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Collection, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration.errors import CalibrationError
-from par_calibration.pictures import HOW, Pictures, find_pictures, turns
+from par_calibration.pictures import HOW, Pictures, Pixels, find_pictures, turns
 from par_runtime.bundle import HELDOUT, MANIFEST, Bundle, seal
 from par_runtime.checked import read_regular, shown, shown_path
 from par_runtime.dtypes import Int
@@ -57,13 +57,16 @@ class HeldOut:
         """The first ``count`` images; since classes take turns, these are of as many classes as possible."""
         return HeldOut(self.tokens[:count], self.labels[:count], self.source, self.real)
 
-    def of_classes(self, only: Collection[int]) -> HeldOut:
-        """Those of the classes ``only``; all where none is named. Raises CalibrationError where there are none."""
+    def of_classes(self, only: Collection[int], bundle: Bundle | None = None) -> HeldOut:
+        """Those of the classes ``only``; all where none is named. Raises CalibrationError where there are none, which
+        names the ``bundle`` that holds them.
+        """
         if not only:
             return self
         chosen = [i for i, label in enumerate(self.labels) if label in only]
         if not chosen:
-            raise CalibrationError(f"{self.source}: holds no images of these classes; give others with --label")
+            where = self.source if bundle is None else shown_path(bundle.path / HELDOUT)
+            raise CalibrationError(f"{where}: holds no images of these classes; give others with --label")
         return HeldOut(self.tokens[chosen], tuple(self.labels[i] for i in chosen), self.source, self.real)
 
 
@@ -78,7 +81,7 @@ def find(bundle: Bundle, real: Path | None, most: int, only: Collection[int] = (
     if real is not None:
         return read(bundle, real, shown_path(real)).of_classes(only).first(most)
     if HELDOUT in bundle.files:
-        return read(bundle, bundle.path / HELDOUT, f"{HELDOUT} of the bundle").of_classes(only).first(most)
+        return read(bundle, bundle.path / HELDOUT, f"{HELDOUT} of the bundle").of_classes(only, bundle).first(most)
     return None
 
 
@@ -156,15 +159,20 @@ def read(bundle: Bundle, path: Path, source: str) -> HeldOut:
     return _in_turns(sequence_tokens(bundle, tokens), classes, source)
 
 
-def from_pictures(bundle: Bundle, pictures: Pictures) -> HeldOut:
-    """Real ``pictures`` as tokens of ``bundle``'s own encoder. Raises CalibrationError, RequestError, OSError."""
+def from_pictures(bundle: Bundle, pictures: Pictures, encode: Callable[[Pixels], Int] | None = None) -> HeldOut:
+    """Real ``pictures`` as tokens of ``bundle``'s own encoder; ``encode``: that of a pipeline that is loaded.
+
+    Raises CalibrationError, RequestError, OSError.
+    """
     if "encoder" not in bundle.graphs:
         raise CalibrationError(
             f"--real {pictures.source}: {bundle.path} has no encoder for pictures; give a .npz of 'parvis encode', or "
             "export the bundle with its encoder"
         )
-    with closing(Tokenizer(bundle)) as tokenizer:
-        tokens = np.concatenate([tokenizer.encode(pixels) for pixels in pictures.chunks()])
+    with ExitStack() as opened:
+        if encode is None:
+            encode = opened.enter_context(closing(Tokenizer(bundle))).encode
+        tokens = np.concatenate([encode(pixels) for pixels in pictures.chunks()])
     return HeldOut(tokens, pictures.labels, pictures.source, real=True)
 
 

@@ -125,8 +125,9 @@ def test_a_distance_depends_on_no_other_set_of_the_same_size() -> None:
     assert fewer[0].mean > 1.5 * alone[0].mean
 
 
-def test_the_margin_is_what_other_sets_of_images_differ_by() -> None:
+def test_the_margin_is_what_other_sets_of_images_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clearly over the floor; near it, the margin may be too wide, and is never too narrow."""
+    monkeypatch.setattr(module, "DRAWS", 25)
     for moved, least, most in ((0.5, 0.7, 1.5), (0.0, 1.0, 3.0)):
         found = []
         for seed in range(40):

@@ -139,7 +139,7 @@ def test_classes_restrict_likelihood_tokenizer_and_images(
     command = [TINY, "--real", folder, "--label", "Grey Whale", "1", "--samples", file, "--generated", "17"]
     found = evaluated(capsys, *command, "--held-out", "15", "--sheet", tmp_path / "a.png", "--shown", "99")
     (note,) = found["notes"]  # --held-out counts those of the classes
-    assert note.endswith("and there are 15 held-out ones, and 17 of the smallest set.")
+    assert note.endswith("and there are 15 held-out ones, and 23 of the smallest set.")
     found = evaluated(capsys, *command, "--held-out", "99", "--sheet", tmp_path / "a.png", "--shown", "99")
     own = np.isin(labels, [4, 1])
     in_turns = np.argsort(np.array([list(labels[:i]).count(labels[i]) for i in range(48)])[own], kind="stable")

@@ -173,7 +173,7 @@ def test_a_bundle_that_holds_none_of_the_classes_is_refused_before_any_other_is_
     for bundle, labels in zip(bundles, ([0, 1], [0, 0]), strict=True):
         heldout.attach(Bundle.open(bundle), tokens, labels)
     error = refused(capsys, *bundles, "--label", "1")
-    assert error == "heldout.npz of the bundle: holds no images of these classes; give others with --label"
+    assert error == f"{bundles[1]}/heldout.npz: holds no images of these classes; give others with --label"
 
 
 def test_a_sheet_that_cannot_be_written_does_not_lose_the_figures(

@@ -23,6 +23,7 @@ from par_runtime.arguments import file_name, whole
 from par_runtime.backends.base import image_shape
 from par_runtime.bundle import HELDOUT, Bundle
 from par_runtime.checked import shown_path
+from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
 from par_runtime.progress import OnStep
@@ -205,13 +206,13 @@ class _Evaluating:
     def _bundle(self, pipeline: Pipeline, settings: Sequence[Settings], held: HeldOut | None) -> None:
         name = shown_path(pipeline.bundle.path)
         if self.pictures is not None:
-            held = self._encoded(pipeline.bundle, self.pictures)
+            held = self._encoded(pipeline, self.pictures)
         if held is not None:
             self.r.say(f"{name}: likelihood of {len(held)} images")
             self.scored.append(scored(pipeline, name, held, self.r.seed, self.r.on_image))
-        if self.pictures is not None and "encoder" in pipeline.bundle.graphs:
-            self.r.say(f"{name}: pictures through its tokenizer")
-            self.kept.append(kept(pipeline, name, self._real()))
+        if self.pictures is not None and held is not None:
+            self.r.say(f"{name}: what its tokenizer keeps of them")
+            self.kept.append(kept(pipeline, name, self._real(), held.tokens))
         if self.sets is None:
             return
         if self.sets.held_out is None:
@@ -228,15 +229,18 @@ class _Evaluating:
         if labels is None:
             self.alone.append(name)
             return
+        if len(labels) < 2 * LEAST:  # the note at the end says so, and no image has to be made for it
+            return
         count = len(labels) if self.wanted is None else self.wanted
         for one in settings:
             self.r.say(f"{name}: {count} images, {in_words(one)}")
             self.sets.add(name, self._progress(self._generated(pipeline, one, labels, count), count), one)
 
-    def _encoded(self, bundle: Bundle, pictures: Pictures) -> HeldOut | None:
+    def _encoded(self, pipeline: Pipeline, pictures: Pictures) -> HeldOut | None:
         """The pictures as tokens of this bundle, or None with a note."""
+        bundle = pipeline.bundle
         if "encoder" in bundle.graphs:
-            return from_pictures(bundle, pictures)
+            return from_pictures(bundle, pictures, pipeline.encode)
         self.notes.append(f"{bundle.path} has no encoder for pictures, so their likelihood is not measured.")
         return None
 
@@ -270,13 +274,13 @@ class _Evaluating:
             yield some, labels
 
 
-def kept(pipeline: Pipeline, name: str, images: Some) -> Kept:
-    """What the tokenizer keeps of real ``images``. Raises RequestError."""
+def kept(pipeline: Pipeline, name: str, images: Some, tokens: Int) -> Kept:
+    """What the tokenizer keeps of real ``images``, whose ``tokens`` [M,N] are given. Raises RequestError."""
     wrong, numbers, count, used = 0.0, 0, 0, np.zeros(pipeline.bundle.vocab_size, bool)
+    used[tokens] = True
     for some, _ in images:
-        tokens = pipeline.encode(some)
-        used[tokens] = True
-        wrong += float(((pipeline.decode(tokens).astype(np.float64) - some) ** 2).sum())
+        again = pipeline.decode(tokens[count : count + len(some)])
+        wrong += float(((again.astype(np.float64) - some) ** 2).sum())
         numbers, count = numbers + some.size, count + len(some)
     return Kept(name, count, None if wrong == 0 else float(10 * np.log10(255**2 * numbers / wrong)), float(used.mean()))
 

@@ -94,7 +94,8 @@ def _set(one: Set, floor: bool = False) -> list[str]:
     settings = ["", "", "", ""]
     if s is not None:
         drawn = ["greedy", "", ""] if s.greedy else [f"{s.temperature:g}", str(s.top_k), f"{s.top_p:g}"]
-        settings = [f"{s.guidance:g}", *drawn]
+        until = "" if s.guidance_interval < 0 else f" to call {s.guidance_interval}"
+        settings = [f"{s.guidance:g}{until}", *drawn]
     return [
         one.name,
         "",

@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
     "cpu,export": ("torch", "onnx", "safetensors", "huggingface_hub", "par_export", "par_model"),
     "cpu,calibrate": ("torch", "onnx", "par_export", "par_model", "par_calibration"),
+    "cpu,evaluate": ("onnx", "par_calibration"),
     "completion": ("shtab",),
     "cpu,serve": ("starlette", "uvicorn", "prometheus_client"),
     "build,tensorrt-rtx": ("onnx", "ml_dtypes", "par_export"),
@@ -53,7 +54,7 @@ VERBS = {
     "evaluate": Verb(
         "par_calibration.cli.evaluate",
         "compare bundles with real images: likelihood, distance, settings",
-        ("cpu", "cpu,calibrate"),
+        ("cpu", "cpu,evaluate", "cpu,export"),  # the last for clips in the trainers' raw form
     ),
     "serve": Verb(
         "par_runtime.cli.serve", "answer requests for images over HTTP, many users at once", ("cpu", "cpu,serve")

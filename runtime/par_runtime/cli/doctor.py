@@ -50,6 +50,7 @@ NEEDS = {
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),
     ),
     "parvis calibrate": ("cpu,calibrate", ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub")),
+    "parvis evaluate": ("cpu,evaluate", ("onnxruntime", "onnx")),
     "parvis build": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
     "parvis build --engine kernels": ("kernels-build", ("onnx", "ml_dtypes", "triton")),
     "parvis tune": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),

@@ -59,7 +59,10 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["genrate"], "unknown verb 'genrate'; did you mean 'generate'? "),
         (["gen", "x"], "unknown verb 'gen'; did you mean 'generate'? "),
         (["train-tokeniser"], "did you mean 'train-tokenizer'"),
-        (["score", "x.png"], "unknown verb 'score': images are scored in Python, by Pipeline.score (README)"),
+        (
+            ["score", "x.png"],
+            "unknown verb 'score': 'parvis evaluate' scores held-out images, and Pipeline.score any",
+        ),
         (["server"], "unknown verb 'server'; did you mean 'serve'?"),
         (["generate", "x", "--lable", "0"], "unknown option --lable; did you mean --label?; 'parvis generate --help'"),
         (["export", "--checkpont=x.pt"], "unknown option --checkpont; did you mean --checkpoint?"),
