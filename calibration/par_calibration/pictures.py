@@ -6,6 +6,7 @@ Two forms: a folder with one folder of files for each class, and the raw form th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from par_runtime.clips.formats import FORMATS
 from par_runtime.errors import RequestError
 from par_runtime.images.photo import fit_image, to_pixels
 from par_runtime.request import class_index
+from par_runtime.system import naming
 from par_runtime.tokenizer import fitted_clip, pixels, read_clips
 
 Pixels = NDArray[np.uint8]
@@ -116,12 +118,12 @@ def _raw(bundle: Bundle, folder: Path, most: int, only: Collection[int]) -> Pict
         if (folder / RAW[1]).is_file():
             from par_model.training.clips import ClipFolder
 
-            clips = ClipFolder.open(folder)
+            clips, file = ClipFolder.open(folder), folder / RAW[1]
             data, labels, names = clips.clips, clips.labels, clips.class_names
         else:
             from par_model.training.raw import RawImages
 
-            raw = RawImages.open(folder)
+            raw, file = RawImages.open(folder), folder / RAW[0]
             data, labels, names = raw.images, raw.labels, raw.meta["styles"]
     except InputError as error:
         raise CalibrationError(f"--real {error}") from error
@@ -133,10 +135,10 @@ def _raw(bundle: Bundle, folder: Path, most: int, only: Collection[int]) -> Pict
     wanted = np.flatnonzero(np.isin(classes, list(only))) if only else np.arange(len(classes))
     if not len(wanted):
         raise CalibrationError(f"--real {shown_path(folder)}: holds none of these classes; give others with --label")
-    chosen = wanted[turns(classes[wanted].tolist())][:most]
+    chosen, shape = wanted[turns(classes[wanted].tolist())][:most], data.shape[1:]
 
     def read(part: slice) -> Pixels:
-        found = data[chosen[part]]
+        found = _items(file, chosen[part].tolist(), shape)
         if found.shape[-1] == 1:  # grey
             found = found.repeat(3, axis=-1)
         if bundle.video:
@@ -148,3 +150,17 @@ def _raw(bundle: Bundle, folder: Path, most: int, only: Collection[int]) -> Pict
         return np.stack([fit_image(Image.fromarray(one), pixels(bundle)) for one in found])
 
     return Pictures(shown_path(folder), tuple(classes[chosen].tolist()), read)
+
+
+def _items(path: Path, which: Sequence[int], shape: tuple[int, ...]) -> Pixels:
+    """Those items ``which`` of a raw file, each of ``shape``: read and not mapped, since what is cut off behind a map
+    ends the process. Raises CalibrationError, OSError.
+    """
+    size, found = math.prod(shape), []
+    with naming(path), path.open("rb") as file:
+        for index in which:
+            file.seek(index * size)
+            found.append(file.read(size))
+    if any(len(item) != size for item in found):
+        raise CalibrationError(f"--real {shown_path(path)}: became shorter while it was read; give a folder that stays")
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, *shape)

@@ -32,8 +32,10 @@ from numpy.typing import NDArray
 from script import run
 
 from par_calibration.errors import CalibrationError
+from par_calibration.evaluate.distances import LEAST
 from par_calibration.evaluate.images import Labels, Pixels, Sets
 from par_calibration.evaluate.result import Set
+from par_calibration.evaluate.sheet import write_rows
 from par_calibration.report.frechet import Double
 from par_calibration.report.measures import interval
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
@@ -48,7 +50,7 @@ from par_runtime.bench.report.text import aligned
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import BundleError, RequestError
-from par_runtime.images.png import check_sheet, sheet, write_pixels
+from par_runtime.images.png import check_sheet
 from par_runtime.request import Settings
 from par_runtime.system import check_different, check_writable
 from par_runtime.tokenizer import Tokenizer
@@ -108,12 +110,21 @@ def work(args: argparse.Namespace) -> int:
     outputs = [path for path in (args.out, args.sheet) if path is not None]
     check_different(outputs)
     for output in outputs:
-        keep_inputs(f"--out {output}", [output], bundle=args.bundle, held_out=args.held_out, train=args.train)
+        option = "--out" if output is args.out else "--sheet"
+        keep_inputs(f"{option} {output}", [output], bundle=args.bundle, held_out=args.held_out, train=args.train)
+        for model in args.models:
+            keep_inputs(f"{option} {output}", [output], models=model)
         check_writable(output)
     bundle = Bundle.open(args.bundle)
     images, labels = read_unseen(args, bundle)
     if bundle.image_size is None or "encoder" not in bundle.graphs:
         raise InputError(f"{args.bundle}: has no encoder, whose features are compared; give a bundle that has one")
+    enough = 2 * LEAST
+    if len(images) < enough or args.generated * bundle.n_classes < enough:
+        raise InputError(
+            f"{len(images)} held-out images and --generated {args.generated} of {bundle.n_classes} classes: a distance "
+            f"takes {enough} images of both; give more"
+        )
     models = [(path.resolve().parent.name, opened(path, bundle)) for path in args.models]
     if args.sheet is not None:
         check_sheet((1 + len(models)) * args.shown, args.shown, bundle.image_size)
@@ -219,7 +230,7 @@ def write(args: argparse.Namespace, rows: Sequence[Row], sets: Sets) -> None:
     with written_beside(args.out) as part:
         part.write_text("".join(lines))
     if args.sheet is not None:
-        write_pixels(args.sheet, sheet(np.concatenate([row[: args.shown] for row in sets.rows]), args.shown))
+        write_rows(args.sheet, sets.rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from par_calibration.evaluate import distances as module
 from par_calibration.evaluate import images as images_module
 from par_calibration.evaluate.distances import Features, distances, drawn_size, share, spread
 from par_calibration.evaluate.images import Sets, of_classes
-from par_calibration.evaluate.run import check_alike
+from par_calibration.evaluate.run import check_alike, in_shares
 from par_calibration.report import frechet
 from par_runtime.bundle import Bundle
 from par_runtime.errors import RequestError
@@ -148,6 +148,17 @@ def test_spread_is_the_mean_variance_within_a_class() -> None:
     assert spread(Features(features, np.arange(5))) is None
 
 
+@pytest.mark.parametrize(("count", "expected"), [(80, (67, 13)), (300, (250, 50)), (240, (200, 40)), (12, (10, 2))])
+def test_generated_images_have_the_classes_of_the_held_out_ones_in_their_shares(
+    count: int, expected: tuple[int, int]
+) -> None:
+    held_out = np.array([7, 2] * 40 + [7] * 160)  # in turns, as long as there are two
+    made = in_shares(held_out, count)
+    assert ((made == 7).sum(), (made == 2).sum()) == expected
+    assert made[:4].tolist() == [2, 7, 2, 7]
+    np.testing.assert_array_equal(in_shares(np.arange(24) % 6, 24), np.arange(24) % 6)
+
+
 # -- sets of images ---------------------------------------------------------------------------------------------------
 
 
@@ -238,3 +249,9 @@ def test_bundles_of_other_images_are_refused(tiny: Bundle) -> None:
             check_alike(tiny, changed)
     check_alike(tiny, replace(there, image_size=None, class_names=None))  # what ends at tokens has no size
     check_alike(tiny, replace(there, group_size=1, precision="fp32"))
+
+
+def test_the_encoder_of_features_takes_no_more_threads_than_there_are_cores(tiny: Bundle) -> None:
+    """ONNX Runtime would make as many as are asked for, which took minutes and gigabytes."""
+    with pytest.warns(UserWarning, match="threads 100000: reduced to"):
+        assert Sets(tiny, 1, 100_000).rows == []

@@ -63,7 +63,7 @@ def test_generated_images_are_those_of_the_pipeline_for_every_combination_of_set
 ) -> None:
     lists: dict[str, list[float]] = {"guidance": [3, 1], "temperature": [1], "top_k": [0, 5], "top_p": [0.9, 0.5]}
     given = ["--guidance", "3", "1", "--temperature", "1", "--top-k", "5,0", "--top-p", "0.9", "--top-p", "0.5"]
-    command = [TINY, "--real", real, *given, "--generated", "16", "--seed", "40", "--shown", "5", "--batch", "7"]
+    command = [TINY, "--real", real, *given, "--generated", "18", "--seed", "40", "--shown", "5", "--batch", "7"]
     found = evaluated(capsys, *command, "--sheet", tmp_path / "new" / "sheet.png")
     rows = sheet_rows(tmp_path / "new" / "sheet.png", 9, 5)
     np.testing.assert_array_equal(rows[0], images[:5])
@@ -76,17 +76,17 @@ def test_generated_images_are_those_of_the_pipeline_for_every_combination_of_set
     assert whole is not None
     for one, row in zip(compared["sets"], rows[1:], strict=True):
         settings = Settings(**one["settings"])
-        made = pipeline.generate(LABELS[:16], settings, seeds=range(40, 56)).images
+        made = pipeline.generate(LABELS[:18], settings, seeds=range(40, 58)).images
         assert made is not None
         np.testing.assert_array_equal(row, made[:5])
-        own = spread(distances.Features(encoder.of(made), np.array(LABELS[:16])))
+        own = spread(distances.Features(encoder.of(made), np.array(LABELS[:18])))
         assert own is not None
         assert one["spread"] == pytest.approx(own / whole)
-        assert (one["images"], one["name"]) == (16, str(TINY))
+        assert (one["images"], one["name"]) == (18, str(TINY))
         assert one["over_floor"] == pytest.approx(one["distance"] - compared["floor"]["distance"])
         assert one["margin"] > 0
     assert len({row.tobytes() for row in rows}) == 9
-    assert (compared["compared"], compared["held_out"], compared["floor"]["spread"]) == (8, 24, 1)
+    assert (compared["compared"], compared["held_out"], compared["floor"]["spread"]) == (9, 24, 1)
     assert (compared["features"], compared["features_of"]) == (frechet.FEATURES, str(TINY))
     assert compared["pixels"] == "the pictures"
 
@@ -137,16 +137,16 @@ def test_classes_restrict_likelihood_tokenizer_and_images(
         chosen = np.isin(stored["arr_1"], [4, 1])
         of_file = stored["arr_0"][chosen]
     command = [TINY, "--real", folder, "--label", "Grey Whale", "1", "--samples", file, "--generated", "17"]
-    found = evaluated(capsys, *command, "--held-out", "15", "--sheet", tmp_path / "a.png", "--shown", "99")
-    (note,) = found["notes"]  # --held-out counts those of the classes
-    assert note.endswith("and there are 15 held-out ones, and 23 of the smallest set.")
+    found = evaluated(capsys, *command, "--held-out", "15")
+    # --held-out counts those of the classes
+    assert found["notes"] == ["No images are compared: it takes 16 held-out ones, and there are 15."]
     found = evaluated(capsys, *command, "--held-out", "99", "--sheet", tmp_path / "a.png", "--shown", "99")
     own = np.isin(labels, [4, 1])
     in_turns = np.argsort(np.array([list(labels[:i]).count(labels[i]) for i in range(48)])[own], kind="stable")
     held, classes = twice[own][in_turns], labels[own][in_turns]
     rows = sheet_rows(tmp_path / "a.png", 3, max(17, len(of_file)))
     np.testing.assert_array_equal(rows[0, :16], held)
-    made = pipeline.generate([*classes.tolist(), int(classes[0])], seed=0).images
+    made = pipeline.generate([1, 4] * 8 + [4], seed=0).images  # nine and eight, as 17 of two equal shares are
     np.testing.assert_array_equal(rows[1, :17], made)
     np.testing.assert_array_equal(rows[2, : len(of_file)], of_file)
     assert [one["images"] for one in found["comparison"]["sets"]] == [17, len(of_file)]

@@ -38,8 +38,8 @@ def given(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert made is not None
     raw_folder(folder / "raw", made, np.array(LABELS), NAMES)
     heldout.write(folder / "codes.npz", pipeline.encode(made), LABELS)
-    whole = samples(pipeline, folder / "s.npz", 9, labels="balanced", seed=0)
-    samples(pipeline, folder / "part.npz", 9, labels="balanced", part=(1, 3))  # of classes 0, 1 and 2
+    whole = samples(pipeline, folder / "s.npz", 18, labels="balanced", seed=0)
+    samples(pipeline, folder / "part.npz", 9, labels="balanced", part=(1, 3))  # of classes 0, 1 and 2, and too few
     samples(pipeline, folder / "resized.npz", 3, size=8)
     doctored(whole, folder / "classes.npz", classes=7)
     (folder / "cut.npz").write_bytes(whole.read_bytes()[:-40])
@@ -64,11 +64,11 @@ ROWS = " ".join(map(str, range(1, 101)))
 CASES = {
     # what is no number, or out of range
     "TINY --held-out 0": "--held-out 0: expected 1 or more",
-    "TINY --shown 0": "--shown 0: expected 1 or more",
+    "TINY --shown 0": "--shown 0: expected 1 to 1000",
     "TINY --batch 0": "--batch 0: expected 1 or more",
     "TINY --batch 5000": "--batch 5000: expected 1 to 4096",
     "TINY --threads -1": "--threads -1: expected 1 or more",
-    "TINY --generated -1": "--generated -1: expected 0 or more",
+    "TINY --generated -1": "--generated -1: expected 0 to 100000",
     "TINY --generated 15": "--generated 15: expected 16 or more, which a distance takes, or 0",
     "TINY --seed -1": "seed -1: expected a whole number 0 .. 2**64-1",
     "TINY --seed 18446744073709551616": "seed 18446744073709551616: expected a whole number 0 .. 2**64-1",
@@ -121,6 +121,11 @@ CASES = {
     "[16, 16, 3]: give files that were made without --size",
     "TINY --samples {given}/classes.npz": "--samples {given}/classes.npz: of a bundle of 7 classes; TINY has 6: give "
     "files of bundles like it",
+    "TINY --samples {given}/part.npz": "--samples {given}/part.npz: holds 3 images; expected 16 or more, which a "
+    "distance takes",
+    "TINY --generated 100001": "--generated 100001: expected 0 to 100000",
+    "{given}/bare --sheet {given}/bare/new.png": "--sheet: would write {given}/bare/new.png, in the folder of "
+    "--bundle {given}/bare",
     "TINY --samples {given}/part.npz --label 5": "--samples {given}/part.npz: holds no images of these classes; give "
     "others with --label",
     # the sheet
@@ -214,6 +219,13 @@ def test_a_sheet_that_cannot_be_written_does_not_lose_the_figures(
         ({"generated": -1}, "generated -1: expected"),
         ({"batch": 1.5}, "batch 1.5: expected"),
         ({"seed": -1}, "seed -1: expected"),
+        ({"guidance": "x"}, "guidance 'x': expected"),
+        ({"bundles": None}, "bundles None: expected the name"),
+        ({"samples": object()}, "samples: expected one value or a list, not a object"),
+        ({"on_image": 3}, "on_image"),
+        ({"say": None}, "say: expected a function"),
+        ({"load": [1]}, "say: expected a function, and load: a dict"),
+        ({"shown": 1001}, "shown 1001: expected 1 to 1000"),
         ({"labels": ["unicorn"]}, "unknown label 'unicorn'"),
     ],
 )

@@ -14,6 +14,7 @@ from recipe_scripts import raw_folder
 from par_calibration.evaluate import distances
 from par_calibration.evaluate.run import about_samples, of_samples, settings_of
 from par_runtime import Pipeline, Settings
+from par_runtime.errors import RequestError
 
 LABELS = [i % 6 for i in range(24)]
 
@@ -93,10 +94,19 @@ def test_settings_that_are_none_are_left_out(pipeline: Pipeline, settings: objec
 def test_samples_are_read_in_parts_with_the_classes_of_their_seeds(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("par_calibration.evaluate.run.READ_AT_ONCE", 4)
-    file = samples(pipeline, tmp_path / "s.npz", 21, part=(2, 2), seed=2)
-    parts = list(of_samples(file, about_samples(file, pipeline.bundle, frozenset())))
-    assert [len(some) for some, _ in parts] == [4, 4, 3]
+    monkeypatch.setattr("par_runtime.samples.reading.BLOCK", 5 * 16 * 16 * 3 - 7)  # ends within an image
+    file = samples(pipeline, tmp_path / "s.npz", 35, part=(2, 2), seed=2)
+    about = about_samples(file, pipeline.bundle, frozenset())
+    parts = list(of_samples(file, about))
+    assert [len(some) for some, _ in parts] == [4, 5, 5, 4]
     with np.load(file) as stored:
         np.testing.assert_array_equal(np.concatenate([some for some, _ in parts]), stored["arr_0"])
         np.testing.assert_array_equal(np.concatenate([labels for _, labels in parts]), stored["arr_1"])
+    whole = bytearray(file.read_bytes())
+    whole[5000] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(RequestError, match=r"or is damaged; give one that it finished .*CRC"):
+        list(of_samples(file, about))
+    other = samples(pipeline, tmp_path / "other.npz", 18, seed=3)
+    with pytest.raises(RequestError, match=r"other\.npz: is another file than before; leave it alone until the end"):
+        next(of_samples(other, about))

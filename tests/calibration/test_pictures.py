@@ -216,3 +216,14 @@ def test_folders_of_no_class_or_no_pictures(pipeline: Pipeline, video: Pipeline,
         assert str(error.value).startswith(text)
         if text.startswith("--real"):
             assert "expected a folder with one folder of pictures for each class" in str(error.value)
+
+
+def test_a_raw_folder_that_becomes_shorter_meanwhile_is_an_error_and_no_signal(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    raw = raw_folder(tmp_path / "raw", noise(6, 16, 16, 3), np.array(LABELS), NAMES)
+    found = find_pictures(pipeline.bundle, raw, 6)
+    with (raw / "images.u8").open("r+b") as file:
+        file.truncate(5 * 16 * 16 * 3 - 1)
+    with pytest.raises(CalibrationError, match=r"images\.u8: became shorter while it was read; give a folder that stays"):
+        list(found.chunks())

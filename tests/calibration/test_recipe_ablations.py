@@ -124,6 +124,9 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
         ([good], ["--top-p", "0"], "--top-p 0.0: expected"),
         ([good], ["--out", str(val / "table.jsonl")], "would write"),
         ([good], ["--sheet", str(out)], "table.jsonl"),
+        ([good], ["--out", good], f"--out {good}: would write"),
+        ([good], ["--sheet", good], f"--sheet {good}: would write"),
+        ([good], ["--each", "1"], "12 held-out images and --generated 40 of 12 classes: a distance takes 16 images"),
         ([good], ["--shown", "101"], "--shown 101: expected"),
     ):
         command = [str(DEMO), "--held-out", str(val), "--train", str(train), "--out", str(out), *more]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from par_runtime.cli import options
@@ -13,7 +12,7 @@ from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from par_calibration.evaluate import Outcome, Request
+    from par_calibration.evaluate import Request
 
 SETTINGS: dict[str, Callable[[str], float]] = {"guidance": float, "temperature": float, "top_k": int, "top_p": float}
 
@@ -27,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables. Raises RequestError, BundleError, CudaError, OSError."""
     from par_calibration.evaluate import evaluate
+    from par_calibration.evaluate.sheet import write_rows
     from par_calibration.evaluate.text import lines
     from par_runtime.system import check_writable
 
@@ -46,21 +46,23 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print("\n".join(printable(line) for line in ["", *lines(outcome.evaluation)]))
     if args.sheet is not None:  # last: one that fails must not lose the figures
-        _write_sheet(args.sheet, outcome)
+        write_rows(args.sheet, outcome.rows)
     return 0
 
 
 def _request(args: argparse.Namespace, say: Callable[[str], object], bar: Bar) -> Request:
     """The options as a request. Raises RequestError, BundleError, OSError."""
-    from par_calibration.evaluate import Request
+    from par_calibration.evaluate.run import MOST_GENERATED, MOST_SHOWN, Request
     from par_runtime.bundle import Bundle
     from par_runtime.cli.inputs import check_batch, class_indices
     from par_runtime.request import first_seed
 
-    options.check_counts(args, "held_out", "shown", "batch", "threads")
+    options.check_counts(args, "held_out", "batch", "threads")
     check_batch(args)
-    if args.generated is not None and args.generated < 0:
-        raise RequestError(f"--generated {args.generated}: expected 0 or more")
+    for name, least, most in (("generated", 0, MOST_GENERATED), ("shown", 1, MOST_SHOWN)):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise RequestError(f"--{name} {value}: expected {least} to {most}")
     settings: dict[str, Any] = {name: getattr(args, name) or (None,) for name in SETTINGS}
     given = [f"--{name.replace('_', '-')}" for name in SETTINGS if getattr(args, name)]
     if given and (args.generated == 0 or (args.samples and args.generated is None)):
@@ -106,31 +108,10 @@ def _keep_inputs(args: argparse.Namespace) -> None:
     try:
         for samples in args.samples or [None]:
             keep_inputs("--sheet", [args.sheet], real=args.real, samples=samples)
+        for bundle in args.bundle:
+            keep_inputs("--sheet", [args.sheet], bundle=bundle)
     except InputError as error:
         raise RequestError(str(error)) from None
-
-
-def _write_sheet(path: Path, outcome: Outcome) -> None:
-    """A row of images for each row of the last table. Raises RequestError, OSError."""
-    import numpy as np
-
-    from par_runtime.images.png import check_sheet, sheet, write_pixels
-
-    if not outcome.rows:
-        raise RequestError(f"--sheet {path}: no images were compared, so there are none to show; see the notes")
-    columns = max(map(len, outcome.rows))
-    height, width = outcome.rows[0].shape[1:3]
-    try:
-        check_sheet(columns * len(outcome.rows), columns, (height, width))
-    except RequestError:
-        raise RequestError(
-            f"--sheet {path}: {len(outcome.rows)} rows of {columns} images of {width}x{height} pixels are more than "
-            f"other programs open; give fewer than --shown {columns}"
-        ) from None
-    padded = [
-        np.concatenate([row, np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)]) for row in outcome.rows
-    ]
-    write_pixels(path, sheet(np.concatenate(padded), columns))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -48,7 +48,7 @@ class Set:
     images: int
     distance: float  #: Frechet distance, the mean over random draws of equally many of both
     over_floor: float  #: ``distance`` less that of the floor
-    margin: float  #: sets made with other seeds are within so much of it, 95 % of them; too wide near the floor
+    margin: float  #: sets made with other seeds are within so much of it, at least 95 % of them
     spread: float | None  #: how much images of a class differ, relative to the held-out ones
     settings: Settings | None = None  #: None: of no generation, or not known
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from par_calibration.evaluate.images import Labels, Pixels, Sets, Some, of_class
 from par_calibration.evaluate.likelihood import Scored, beside_the_first, scored
 from par_calibration.evaluate.result import Evaluation, Kept
 from par_calibration.heldout import HeldOut, find, from_pictures
-from par_calibration.pictures import Pictures, find_pictures
+from par_calibration.pictures import Pictures, find_pictures, turns
 from par_calibration.report.options import Options
-from par_runtime.arguments import file_name, whole
+from par_runtime.arguments import file_name, function, whole
 from par_runtime.backends.base import image_shape
 from par_runtime.bundle import HELDOUT, Bundle
 from par_runtime.checked import shown_path
@@ -27,14 +28,16 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
 from par_runtime.progress import OnStep
-from par_runtime.request import SEED_LIMIT, Settings, class_indices, first_seed, image_settings, in_words
+from par_runtime.request import SEED_LIMIT, Settings, class_indices, image_settings, in_words
 from par_runtime.samples import open_images
+from par_runtime.samples.file import IMAGES
 from par_runtime.samples.plan import classes_of
-from par_runtime.samples.reading import read_about
+from par_runtime.samples.reading import read_about, read_array
 from par_runtime.tokenizer import chunk_images
 
 MOST_ROWS = 64  #: of bundles times settings: every option takes a list, and their combinations are many
-READ_AT_ONCE = 256  #: images of a file
+MOST_GENERATED = 100_000  #: of a row
+MOST_SHOWN = 1000  #: of a row of the sheet
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,36 @@ class Request:
     say: Callable[[str], object] = lambda _: None
 
     def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
         for name in ("bundles", "samples"):
-            value = getattr(self, name)
-            each = [value] if isinstance(value, (str, os.PathLike)) else value
-            object.__setattr__(self, name, tuple(file_name(name, one) for one in each))
+            put(name, tuple(file_name(name, one) for one in _listed(name, getattr(self, name))))
+        for name in ("labels", "guidance", "temperature", "top_k", "top_p"):
+            put(name, _listed(name, getattr(self, name)))
         for name in ("real", "features_of"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, file_name(name, getattr(self, name)))
-        for name, least in (("held_out", 1), ("generated", 0), ("shown", 1), ("batch", 1)):
+                put(name, file_name(name, getattr(self, name)))
+        for name, least, most in (
+            ("held_out", 1, None), ("generated", 0, MOST_GENERATED), ("shown", 1, MOST_SHOWN), ("batch", 1, None)
+        ):  # fmt: skip
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), least)
-        first_seed(self.seed)
+                put(name, whole(name, getattr(self, name), least, most))
+        put("seed", whole("seed", self.seed, 0, SEED_LIMIT - 1))
+        for name in ("on_image", "say"):
+            function(name, getattr(self, name))
+        if self.say is None or not isinstance(self.load, dict):
+            raise RequestError("say: expected a function, and load: a dict of arguments of Pipeline.load")
+
+
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    """``value`` as a tuple; a single one may stand for a list of one. Raises RequestError."""
+    if value is None or isinstance(value, (str, bytes, os.PathLike, Real)):
+        return (value,)
+    try:
+        return tuple(value)
+    except TypeError:
+        raise RequestError(f"{name}: expected one value or a list, not a {type(value).__name__}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +139,12 @@ class _Evaluating:
         if self.wanted and self.wanted < 2 * LEAST:
             raise RequestError(f"--generated {self.wanted}: expected {2 * LEAST} or more, which a distance takes, or 0")
         encoder = None if self.wanted == 0 and not request.samples else self._encoder()
+        there = [len(held) for held in (self.held if self.pictures is None else [self.pictures]) if held is not None]
+        if encoder is not None and max(there, default=0) < 2 * LEAST:  # before images are made for nothing
+            self.notes.append(
+                f"No images are compared: it takes {2 * LEAST} held-out ones, and there are {max(there, default=0)}."
+            )
+            encoder = None
         self.sets = None if encoder is None else Sets(encoder, request.shown, request.load.get("threads"))
         self.scored: list[Scored] = []
         self.kept: list[Kept] = []
@@ -128,7 +156,7 @@ class _Evaluating:
                 self._bundle(pipeline, settings, held)
         if self.sets is not None and self.sets.held_out is not None:
             for path, about in self.samples:
-                self.r.say(f"{shown_path(path)}: {about['stop'] - about['start']} images")
+                self.r.say(f"{shown_path(path)}: {chosen_samples(about, self.labels)} images")
                 images = of_classes(of_samples(path, about), self.labels)
                 self.sets.add(shown_path(path), images, settings_of(about, self.first))
         likelihoods = tuple(beside_the_first(self.scored, self.r.seed))
@@ -208,7 +236,7 @@ class _Evaluating:
         if self.pictures is not None:
             held = self._encoded(pipeline, self.pictures)
         if held is not None:
-            self.r.say(f"{name}: likelihood of {len(held)} images")
+            self.r.say(f"{name}: likelihood of {len(held)} image{'s' if len(held) != 1 else ''}")
             self.scored.append(scored(pipeline, name, held, self.r.seed, self.r.on_image))
         if self.pictures is not None and held is not None:
             self.r.say(f"{name}: what its tokenizer keeps of them")
@@ -256,10 +284,10 @@ class _Evaluating:
         self, pipeline: Pipeline, settings: Settings, like: Labels, count: int
     ) -> Iterator[tuple[Pixels, Labels]]:
         """``count`` images of classes in the shares of ``like``, as many at a time as are made in one batch."""
-        size = self.r.batch or pipeline.default_batch
+        size, classes = self.r.batch or pipeline.default_batch, in_shares(like, count)
         for first in range(0, count, size):
             numbers = range(first, min(first + size, count))
-            labels = like[np.array(numbers) % len(like)]
+            labels = classes[first : numbers.stop]
             seeds = [(self.r.seed + i) % SEED_LIMIT for i in numbers]
             made = pipeline.generate(labels.tolist(), settings, seeds=seeds, max_batch=self.r.batch).images
             assert made is not None
@@ -272,6 +300,12 @@ class _Evaluating:
             if self.r.on_image is not None:
                 self.r.on_image(done, count)
             yield some, labels
+
+
+def in_shares(like: Labels, count: int) -> Labels:
+    """``count`` classes in the shares of ``like`` [M], as nearly as whole numbers allow; they take turns."""
+    chosen = np.sort(like)[((np.arange(count) + 0.5) * (len(like) / count)).astype(np.intp)]
+    return chosen[turns(chosen.tolist())]
 
 
 def kept(pipeline: Pipeline, name: str, images: Some, tokens: Int) -> Kept:
@@ -326,9 +360,20 @@ def about_samples(path: Path, bundle: Bundle, wanted: frozenset[int]) -> dict[st
             f"--samples {path}: of a bundle of {about['classes']} classes; {bundle.path} has {bundle.n_classes}: give "
             "files of bundles like it"
         )
-    if wanted and wanted.isdisjoint(sample_classes(about).tolist()):
+    chosen = chosen_samples(about, wanted)
+    if wanted and not chosen:
         raise RequestError(f"--samples {path}: holds no images of these classes; give others with --label")
+    if chosen < 2 * LEAST:
+        raise RequestError(
+            f"--samples {path}: holds {chosen} images; expected {2 * LEAST} or more, which a distance takes"
+        )
     return about
+
+
+def chosen_samples(about: dict[str, Any], wanted: frozenset[int]) -> int:
+    """How many samples are of the classes that are ``wanted`` (none: all)."""
+    labels = sample_classes(about)
+    return int(np.isin(labels, list(wanted)).sum()) if wanted else len(labels)
 
 
 def sample_classes(about: dict[str, Any]) -> Labels:
@@ -338,11 +383,22 @@ def sample_classes(about: dict[str, Any]) -> Labels:
 
 
 def of_samples(path: Path, about: dict[str, Any]) -> Iterator[tuple[Pixels, Labels]]:
-    """The images of a file of ``parvis sample``. Raises RequestError, OSError."""
-    images, labels = open_images(path), sample_classes(about)
-    for first in range(0, len(labels), READ_AT_ONCE):
-        part = slice(first, first + READ_AT_ONCE)
-        yield np.array(images[part]), labels[part]
+    """The images of a file of ``parvis sample``, read and not mapped, so that one that is cut off is an error and no
+    signal; their checksum is tested. Raises RequestError, OSError.
+    """
+    if read_about(path) != about:
+        raise RequestError(
+            f"--samples {path}: is another file than before; leave it alone until the end, and run again"
+        )
+    labels, shape = sample_classes(about), tuple(about["shape"])
+    left, first, size = b"", 0, math.prod(shape)
+    for block in read_array(path, IMAGES, "|u1", (len(labels), *shape)):
+        left += block
+        whole_ones = len(left) // size
+        if whole_ones:
+            images = np.frombuffer(left[: whole_ones * size], np.uint8).reshape(-1, *shape)
+            yield images, labels[first : first + whole_ones]
+            left, first = left[whole_ones * size :], first + whole_ones
 
 
 def settings_of(about: dict[str, Any], bundle: Bundle) -> Settings | None:

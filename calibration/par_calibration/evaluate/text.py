@@ -83,8 +83,8 @@ def _comparison(c: Comparison) -> list[str]:
         f"Images beside the held-out ones: Frechet distance in features of {c.features_of} (no FID; compare it within "
         "this table only).",
         f"Each is the mean of {c.draws} draws of {c.compared} images of both sides. The held-out ones are {c.pixels}; "
-        "the floor is their distance from others of them. 95 % of sets with other seeds are within +- (near the floor "
-        "it is too wide).",
+        "the floor is their distance from others of them. +- holds at least 95 % of sets with other seeds. A spread "
+        "below 1 makes a set of few images seem nearer than it is.",
         *aligned(head, body),
     ]
 

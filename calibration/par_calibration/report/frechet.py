@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration.errors import CalibrationError
+from par_runtime.arguments import cpu_threads
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import Float
 from par_runtime.system import naming
@@ -44,6 +45,7 @@ class Features:
         from par_runtime.backends.ort.sessions import session_options
 
         self.bundle = bundle
+        threads = cpu_threads(threads)
         path = bundle.path / bundle.graphs["encoder"].file
         model = onnx.load(str(path), load_external_data=False)
         vectors = _rounded(model, path) if bundle.video else _vectors(model, path)
