@@ -8,8 +8,8 @@ Of each model of ``parvis train``, the first one is what the others are compared
             are drawn at once do not see each other, so what a call cannot know of them is in this number. ``change``
             is from the first model, image by image, with its 95 % interval; ``first`` are the nats of the first n
             tokens, which the method draws one by one.
-``over``    how much farther generated images are from held-out ones than these are from each other, and ``spread``,
-            how much images of a class differ, as ``parvis evaluate`` has both (docs/evaluation.md).
+``distance``  of generated images from held-out ones, and ``spread``, how much images of a class differ, as
+            ``parvis evaluate`` has both (docs/evaluation.md).
 
 Images are made by ``par_model``, in which every ablation runs; an export refuses causal groups.
 """
@@ -119,7 +119,7 @@ def work(args: argparse.Namespace) -> int:
     images, labels = read_unseen(args, bundle)
     if bundle.image_size is None or "encoder" not in bundle.graphs:
         raise InputError(f"{args.bundle}: has no encoder, whose features are compared; give a bundle that has one")
-    enough = 2 * LEAST
+    enough = LEAST
     if len(images) < enough or args.generated * bundle.n_classes < enough:
         raise InputError(
             f"{len(images)} held-out images and --generated {args.generated} of {bundle.n_classes} classes: a distance "
@@ -219,14 +219,14 @@ def write(args: argparse.Namespace, rows: Sequence[Row], sets: Sets) -> None:
                 f"{row.nats:.3f}",
                 "" if row.change is None else f"{row.change:+.3f} ({row.low:+.3f} .. {row.high:+.3f})",
                 f"{row.first:.3f}",
-                "" if one is None else f"{one.over_floor:+.4f} +- {one.margin:.4f}",
+                "" if one is None else f"{one.distance:.4f} +- {one.margin:.4f}",
                 "" if one is None or one.spread is None else f"{one.spread:.2f}",
             ]
         )
-    print("\n".join(aligned(["model", "calls", "nats", "change", "first", "over", "spread"], body)))
+    print("\n".join(aligned(["model", "calls", "nats", "change", "first", "distance", "spread"], body)))
     if found is not None:
         sizes = f"{found.compared} images of each side, {found.held_out} held-out images"
-        print(f"floor {found.floor.distance:.4f}, {sizes}")
+        print(f"held-out images from others of them {found.chance.distance:.4f}, {sizes}")
     with written_beside(args.out) as part:
         part.write_text("".join(lines))
     if args.sheet is not None:

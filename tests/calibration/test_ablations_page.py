@@ -23,7 +23,7 @@ def test_every_cell_is_of_a_row() -> None:
             f"{row['nats']:.3f}",
             "" if row["change"] is None else f"{row['change']:+.3f}",
             f"{row['first']:.3f}",
-            f"{one['over_floor']:+.4f} \u00b1 {one['margin']:.4f}",
+            f"{one['distance']:.4f} \u00b1 {one['margin']:.4f}",
             f"{one['spread']:.2f}",
         ]
         assert (row["images"], one["images"]) == (480, 480)

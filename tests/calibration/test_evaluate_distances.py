@@ -52,89 +52,118 @@ def test_every_image_is_drawn_as_often_as_another() -> None:
 
 
 def test_the_distances_of_classes_that_are_points_are_exact() -> None:
-    """Every draw has the same features then, and the floor is 0."""
+    """Every draw and each of its halves has the same features then, up to how a covariance is counted."""
     points = np.random.default_rng(0).normal(size=(4, 3))
-    labels = np.arange(48) % 4
+    labels = np.arange(64) % 4
     held_out = Features(points[labels], labels)
     moved, stretched = np.array([1.0, -2.0, 0.5]), 3.0
-    covariance = np.cov(np.repeat(points, 5, 0), rowvar=False)  # of the 20 images of a draw, of every class 5
-    expected = stretched**2 * np.trace(covariance) + np.trace(covariance) - 2 * stretched * np.trace(covariance)
-    expected += ((stretched - 1) ** 2) * (points.mean(0) ** 2).sum()
+
+    def width(each: int) -> float:
+        return float(np.trace(np.cov(np.repeat(points, each, 0), rowvar=False)))
+
+    # Of the 32 images of a draw 8 are of every class, and 4 of each half.
+    wider = (stretched - 1) ** 2 * (2 * width(8) - width(4) + (points.mean(0) ** 2).sum())
     sets = [
         Features(points[labels] + moved, labels),
         Features(stretched * points[labels], labels),
-        Features(points[labels[:40]], labels[:40]),
+        Features(points[labels], labels),
     ]
-    floor, *found = distances(held_out, sets, 0)
-    assert floor.mean == pytest.approx(0, abs=1e-9)
-    for one, value in zip(found, ((moved**2).sum(), expected, 0), strict=True):
-        assert (one.mean, one.over, one.margin) == pytest.approx((value, value, 0), abs=1e-6)
+    chance, *found = distances(held_out, sets, 0)
+    assert chance.mean == pytest.approx(0, abs=1e-6)
+    for one, value in zip(found, ((moved**2).sum(), wider, 0), strict=True):
+        assert (one.mean, one.margin) == pytest.approx((value, 0), abs=1e-5)
 
 
 def test_a_distance_is_the_mean_of_those_of_equal_and_disjoint_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is computed again from the halves that were drawn, by scipy's root of a matrix."""
+    """Each is computed again from what was drawn, by scipy's root of a matrix: whole draws, and their halves."""
     held_out, sets = normal(50), [normal(60, seed=1), normal(40, seed=2)]
     drawn: list[tuple[Double, Double]] = []
-    real = module.distance
+    real = module.corrected
 
     def spied(one: Double, other: Double) -> float:
         drawn.append((one, other))
         return real(one, other)
 
-    monkeypatch.setattr(module, "distance", spied)
+    def frechet_of(one: Double, other: Double) -> float:
+        first, second = np.cov(one.T), np.cov(other.T)
+        root = np.trace(np.real(sqrtm(first @ second)))
+        return float(((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * root)
+
+    monkeypatch.setattr(module, "corrected", spied)
     found = distances(held_out, sets, 3)
     assert len(drawn) == 3 * module.DRAWS
     assert all(one.shape == other.shape == (20, 3) for one, other in drawn)  # half of the smallest set
     rows = [{tuple(row) for row in features.values} for features in (held_out, *sets)]
+    every = [pair for each in (held_out, *sets) for pair in zip(each.values, each.labels, strict=True)]
+    class_of = {tuple(row): label for row, label in every}
     values = []
     for i, (one, other) in enumerate(drawn):
         mine, others = {tuple(row) for row in one}, {tuple(row) for row in other}
         assert mine <= rows[0]
         assert others <= rows[i % 3]
-        assert not mine & others  # also of the floor, whose sides are both held-out ones
+        assert not mine & others  # also where both sides are held-out images
         assert one is drawn[i - i % 3][0]  # the same for every set
-        first, second = np.cov(one.T), np.cov(other.T)
-        values.append(
-            ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second - 2 * np.real(sqrtm(first @ second)))
-        )
+        halves = [(one[::2], other[::2]), (one[1::2], other[1::2])]
+        for side in (side for pair in halves for side in pair):
+            counts = np.bincount([class_of[tuple(row)] for row in side], minlength=4)
+            assert counts.max() - counts.min() <= 2
+        values.append(2 * frechet_of(one, other) - np.mean([frechet_of(*pair) for pair in halves]))
     assert len({one.tobytes() for one, _ in drawn}) == module.DRAWS
     for at, row in enumerate(found):
         own = values[at::3]
         assert row.mean == pytest.approx(np.mean(own))
-        assert row.over == pytest.approx(np.mean(own) - found[0].mean)
         assert row.margin == pytest.approx(1.96 * np.std(own, ddof=1))
     assert found == distances(held_out, sets, 3)
     assert not set(found) & set(distances(held_out, sets, 4))
 
 
-def test_the_held_out_images_themselves_are_no_farther_than_the_floor() -> None:
+@pytest.mark.parametrize(("moved", "wide"), [(0.0, 1.0), (0.0, 0.7), (0.0, 1.2), (0.4, 0.8)])
+def test_few_images_add_nothing_to_a_distance_whatever_their_spread(
+    monkeypatch: pytest.MonkeyPatch, moved: float, wide: float
+) -> None:
+    """Of normal features the distance is known: that of the means, and that of the widths, of each feature."""
+    monkeypatch.setattr(module, "DRAWS", 20)
+    labels = np.arange(120) % 4
+    true = 8 * (moved**2 + (wide - 1) ** 2)
+    found = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        real, made = (rng.normal(size=(120, 8)) for _ in range(2))
+        one = Features(real, labels)
+        found.append(distances(one, [Features(wide * made + moved, labels)], seed)[1].mean)
+    assert np.mean(found) == pytest.approx(true, abs=3 * np.std(found, ddof=1) / np.sqrt(12) + 0.02)
+    assert abs(np.mean(found) - true) < 0.2  # a draw of 60 images alone has 1.2 more, or 0.8 where it is narrow
+
+
+def test_the_held_out_images_themselves_have_no_distance() -> None:
     held_out = normal(60)
-    floor, same, noise = distances(held_out, [held_out, Features(held_out.values * 5, held_out.labels)], 0)
-    assert 0 < same.mean <= floor.mean
-    assert noise.over == noise.mean - floor.mean > noise.margin > 0
+    chance, same, noise = distances(held_out, [held_out, Features(held_out.values * 5, held_out.labels)], 0)
+    assert abs(chance.mean) < chance.margin
+    assert abs(same.mean) < chance.margin
+    assert noise.mean > noise.margin > 0
 
 
 def test_a_distance_depends_on_no_other_set_of_the_same_size() -> None:
-    held_out, one, other = normal(40), normal(30, seed=1), normal(30, seed=2)
+    held_out, one, other = normal(40), normal(32, seed=1), normal(32, seed=2)
     alone = distances(held_out, [one], 0)
     assert distances(held_out, [other, one, one], 0)[2:] == [alone[1]] * 2
-    # A smaller set makes all draws smaller, those of the floor too: few images are farther apart.
-    fewer = distances(held_out, [one, normal(12, seed=3)], 0)
-    assert drawn_size(held_out, [one, other]) == 15
-    assert drawn_size(held_out, [one, normal(12)]) == 6
-    assert fewer[0].mean > 1.5 * alone[0].mean
+    # A smaller set makes all draws smaller, and so less sure.
+    fewer = distances(held_out, [one, normal(16, seed=3)], 0)
+    assert drawn_size(held_out, [one, other]) == 16
+    assert drawn_size(held_out, [one, normal(18)]) == 8  # even: it is halved again
+    assert fewer[0].margin > 1.5 * alone[0].margin
 
 
 def test_the_margin_is_what_other_sets_of_images_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clearly over the floor; near it, the margin may be too wide, and is never too narrow."""
+    """Where the distance is clear; near 0 the margin may be too wide, and is never too narrow."""
     monkeypatch.setattr(module, "DRAWS", 25)
-    for moved, least, most in ((0.5, 0.7, 1.5), (0.0, 1.0, 3.0)):
+    for moved, least, most in ((0.5, 0.7, 1.7), (0.0, 1.0, 4.0)):
         found = []
         for seed in range(40):
             one = normal(60, seed=1000 + seed)
             shifted = Features(one.values + moved, one.labels)
             found.append(distances(normal(60, seed=seed), [shifted], seed)[1])
-        observed = 1.96 * np.std([each.over for each in found], ddof=1)
+        observed = 1.96 * np.std([each.mean for each in found], ddof=1)
         assert least < np.mean([each.margin for each in found]) / observed < most
 
 
@@ -200,14 +229,14 @@ def test_sets_given_some_at_a_time_are_those_given_at_once(tiny: Bundle, by_mean
     assert found[0] is not None
     (one,) = found[0].sets
     features = [Features(frechet.Features.of(None, each), labels[: len(each)]) for each in (held, made)]  # type: ignore[arg-type]
-    floor, expected = distances(features[0], [features[1]], 7)
+    chance, expected = distances(features[0], [features[1]], 7)
     assert (one.distance, one.margin) == pytest.approx((expected.mean, expected.margin))
-    assert one.over_floor == pytest.approx(expected.mean - floor.mean)
+    assert (found[0].chance.distance, found[0].chance.margin) == pytest.approx((chance.mean, chance.margin))
     wide, own = spread(features[0]), spread(features[1])
     assert wide is not None
     assert own is not None
     assert one.spread == pytest.approx(own / wide)
-    assert (found[0].floor.spread, found[0].floor.over_floor, found[0].floor.images) == (1, 0, 40)
+    assert (found[0].chance.spread, found[0].chance.images, found[0].chance.settings) == (1, 40, None)
     assert (one.name, one.images, one.settings) == ("made", 20, Settings(guidance=2))
     assert (found[0].compared, found[0].draws, found[0].pixels) == (10, module.DRAWS, "here")
     assert images_module.DRAWS == module.DRAWS

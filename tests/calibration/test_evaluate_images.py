@@ -83,10 +83,9 @@ def test_generated_images_are_those_of_the_pipeline_for_every_combination_of_set
         assert own is not None
         assert one["spread"] == pytest.approx(own / whole)
         assert (one["images"], one["name"]) == (18, str(TINY))
-        assert one["over_floor"] == pytest.approx(one["distance"] - compared["floor"]["distance"])
         assert one["margin"] > 0
     assert len({row.tobytes() for row in rows}) == 9
-    assert (compared["compared"], compared["held_out"], compared["floor"]["spread"]) == (9, 24, 1)
+    assert (compared["compared"], compared["held_out"], compared["chance"]["spread"]) == (8, 24, 1)
     assert (compared["features"], compared["features_of"]) == (frechet.FEATURES, str(TINY))
     assert compared["pixels"] == "the pictures"
 
@@ -173,7 +172,7 @@ def test_held_out_tokens_are_compared_as_the_decoder_makes_them(
     beside = evaluated(capsys, bare, full, "--generated", "16")["comparison"]
     assert beside["features_of"] == str(full)
     assert [one | {"name": ""} for one in beside["sets"]] == [found["comparison"]["sets"][0] | {"name": ""}] * 2
-    assert beside["floor"] == found["comparison"]["floor"]
+    assert beside["chance"] == found["comparison"]["chance"]
     # Without an encoder there are no features, and the likelihood is measured all the same.
     alone = evaluated(capsys, bare)
     assert (alone["comparison"], len(alone["likelihoods"])) == (None, 1)
@@ -224,7 +223,7 @@ def test_a_video_bundle_compares_clips_and_shows_the_frames_in_their_middle(
     np.testing.assert_array_equal(rows[2], made[:4, 2])
     now, stored = found["comparison"]["sets"]
     assert now == stored | {"name": str(tiny_video)}
-    assert now["over_floor"] > 0  # noise is no clip of the bundle
+    assert now["distance"] > now["margin"]  # noise is no clip of the bundle
     assert found["comparison"]["features"] == frechet.CLIP_FEATURES
 
 
@@ -233,4 +232,4 @@ def test_numbers_that_are_not_finite_are_null(
 ) -> None:
     monkeypatch.setattr(frechet.Features, "of", lambda _, images: np.full((len(images), 4), np.nan))
     (one,) = evaluated(capsys, TINY, "--real", real, "--generated", "16")["comparison"]["sets"]
-    assert (one["distance"], one["margin"], one["over_floor"]) == (None, None, None)
+    assert (one["distance"], one["margin"]) == (None, None)

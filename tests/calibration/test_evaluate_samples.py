@@ -65,16 +65,16 @@ def test_the_table_of_images_says_what_the_numbers_are(
     assert lines[2] == f"{TINY}: 16 images, guidance 1.5, temperature 1, top-k 3, top-p 1"
     at = next(i for i, line in enumerate(lines) if line.startswith("Images beside the held-out ones"))
     assert f"in features of {TINY} " in lines[at]
-    assert "mean of 100 draws of 8 images of both sides. The held-out ones are the pictures;" in lines[at + 1]
+    assert "Means of 100 draws of 8 images of both sides, without what few images add" in lines[at + 1]
+    assert "The held-out ones are the pictures." in lines[at + 1]
     rows = lines[at + 3 :]
-    floor, sets = compared["floor"], compared["sets"]
 
-    def numbers(one: dict[str, Any], over: str = "") -> str:
-        return f"{one['distance']:.4f} {over}{one['spread']:.2f}"
+    def numbers(one: dict[str, Any]) -> str:
+        return f"{one['distance']:.4f} +- {one['margin']:.4f} {one['spread']:.2f}"
 
-    of_sets = [numbers(one, f"{one['over_floor']:+.4f} +- {one['margin']:.4f} ") for one in sets]
+    of_sets = [numbers(one) for one in compared["sets"]]
     assert rows == [
-        f"held-out 24 {numbers(floor)}",
+        f"held-out 24 {numbers(compared['chance'])}",
         f"{TINY} 1.5 1 3 1 16 {of_sets[0]}",
         f"{greedy} 1.5 greedy 17 {of_sets[1]}",
         f"{unknown} 17 {of_sets[2]}",

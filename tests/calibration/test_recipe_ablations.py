@@ -89,7 +89,7 @@ def test_the_table_is_of_each_models_own_order_and_calls(
     assert rows[0]["change"] is None
     assert rows[2]["change"] == pytest.approx(nats[2].mean() - nats[0].mean(), rel=1e-4)
     assert rows[2]["low"] < rows[2]["change"] < rows[2]["high"]
-    assert all(row["compared"]["over_floor"] > 0 for row in rows)  # images of random weights
+    assert all(row["compared"]["distance"] > row["compared"]["margin"] for row in rows)  # images of random weights
     with Image.open(sheet) as picture:
         shown = np.asarray(picture)
     assert shown.shape == (4 * 64, 3 * 64, 3)
@@ -103,7 +103,7 @@ def test_the_table_is_of_each_models_own_order_and_calls(
     tokenizer.close()
     np.testing.assert_array_equal(shown[-64:, :64], image)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert printed[3] == ["model", "calls", "nats", "change", "first", "over", "spread"]
+    assert printed[3] == ["model", "calls", "nats", "change", "first", "distance", "spread"]
     assert printed[6][:4] == ["raster", "67", f"{rows[2]['nats']:.3f}", f"{rows[2]['change']:+.3f}"]
 
 

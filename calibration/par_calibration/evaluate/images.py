@@ -70,10 +70,9 @@ class Sets:
         if self._held_out is None:
             return None
         sets = [features for _, features, _ in self._sets]
-        size = drawn_size(self._held_out, sets)
-        if size < LEAST:
+        if min(map(len, (self._held_out, *sets))) < LEAST:
             return None
-        floor, *rest = distances(self._held_out, sets, seed)
+        chance, *rest = distances(self._held_out, sets, seed)
         whole = spread(self._held_out)
 
         def relative(features: Features) -> float | None:
@@ -83,13 +82,13 @@ class Sets:
         return Comparison(
             features=self._features.name,
             features_of=shown_path(self._encoder.path),
-            compared=size,
+            compared=drawn_size(self._held_out, sets),
             draws=DRAWS,
             held_out=len(self._held_out),
             pixels=self._pixels,
-            floor=Set("held-out", len(self._held_out), floor.mean, 0.0, floor.margin, relative(self._held_out)),
+            chance=Set("held-out", len(self._held_out), chance.mean, chance.margin, relative(self._held_out)),
             sets=tuple(
-                Set(name, len(features), d.mean, d.over, d.margin, relative(features), settings)
+                Set(name, len(features), d.mean, d.margin, relative(features), settings)
                 for (name, features, settings), d in zip(self._sets, rest, strict=True)
             ),
         )

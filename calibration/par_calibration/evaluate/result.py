@@ -46,8 +46,7 @@ class Set:
 
     name: str
     images: int
-    distance: float  #: Frechet distance, the mean over random draws of equally many of both
-    over_floor: float  #: ``distance`` less that of the floor
+    distance: float  #: Frechet distance as of infinitely many images; by chance it may be below 0
     margin: float  #: sets made with other seeds are within so much of it, at least 95 % of them
     spread: float | None  #: how much images of a class differ, relative to the held-out ones
     settings: Settings | None = None  #: None: of no generation, or not known
@@ -63,7 +62,7 @@ class Comparison:
     draws: int
     held_out: int
     pixels: str  #: whether the held-out images are pictures, or what a decoder makes of their tokens
-    floor: Set  #: held-out images against others of them
+    chance: Set  #: held-out images against others of them: 0, but for chance
     sets: tuple[Set, ...]
 
 

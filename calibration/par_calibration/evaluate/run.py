@@ -136,13 +136,13 @@ class _Evaluating:
         else:
             self.held = [self._tokens(bundle) for bundle in self.bundles]
         self.wanted = (0 if request.samples else None) if request.generated is None else request.generated
-        if self.wanted and self.wanted < 2 * LEAST:
-            raise RequestError(f"--generated {self.wanted}: expected {2 * LEAST} or more, which a distance takes, or 0")
+        if self.wanted and self.wanted < LEAST:
+            raise RequestError(f"--generated {self.wanted}: expected {LEAST} or more, which a distance takes, or 0")
         encoder = None if self.wanted == 0 and not request.samples else self._encoder()
         there = [len(held) for held in (self.held if self.pictures is None else [self.pictures]) if held is not None]
-        if encoder is not None and max(there, default=0) < 2 * LEAST:  # before images are made for nothing
+        if encoder is not None and max(there, default=0) < LEAST:  # before images are made for nothing
             self.notes.append(
-                f"No images are compared: it takes {2 * LEAST} held-out ones, and there are {max(there, default=0)}."
+                f"No images are compared: it takes {LEAST} held-out ones, and there are {max(there, default=0)}."
             )
             encoder = None
         self.sets = None if encoder is None else Sets(encoder, request.shown, request.load.get("threads"))
@@ -176,7 +176,7 @@ class _Evaluating:
             there = 0 if self.sets.held_out is None else len(self.sets.held_out)
             fewest = "" if self.sets.fewest is None else f", and {self.sets.fewest} of the smallest set"
             self.notes.append(
-                f"No images are compared: it takes {2 * LEAST} held-out ones and as many of each set, and there are "
+                f"No images are compared: it takes {LEAST} held-out ones and as many of each set, and there are "
                 f"{there} held-out ones{fewest}."
             )
         evaluation = Evaluation(likelihoods, tuple(self.kept), comparison, self.r.seed, tuple(self.notes))
@@ -257,7 +257,7 @@ class _Evaluating:
         if labels is None:
             self.alone.append(name)
             return
-        if len(labels) < 2 * LEAST:  # the note at the end says so, and no image has to be made for it
+        if len(labels) < LEAST:  # the note at the end says so, and no image has to be made for it
             return
         count = len(labels) if self.wanted is None else self.wanted
         for one in settings:
@@ -363,10 +363,8 @@ def about_samples(path: Path, bundle: Bundle, wanted: frozenset[int]) -> dict[st
     chosen = chosen_samples(about, wanted)
     if wanted and not chosen:
         raise RequestError(f"--samples {path}: holds no images of these classes; give others with --label")
-    if chosen < 2 * LEAST:
-        raise RequestError(
-            f"--samples {path}: holds {chosen} images; expected {2 * LEAST} or more, which a distance takes"
-        )
+    if chosen < LEAST:
+        raise RequestError(f"--samples {path}: holds {chosen} images; expected {LEAST} or more, which a distance takes")
     return about
 
 

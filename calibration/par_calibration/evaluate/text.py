@@ -65,31 +65,18 @@ def _kept(each: Sequence[Kept]) -> list[str]:
 
 
 def _comparison(c: Comparison) -> list[str]:
-    head = [
-        "images of",
-        "",
-        "guidance",
-        "temperature",
-        "top-k",
-        "top-p",
-        "images",
-        "distance",
-        "over the floor",
-        "",
-        "spread",
-    ]
-    body = [_set(c.floor, floor=True), *map(_set, c.sets)]
+    head = ["images of", "", "guidance", "temperature", "top-k", "top-p", "images", "distance", "", "spread"]
     return [
         f"Images beside the held-out ones: Frechet distance in features of {c.features_of} (no FID; compare it within "
         "this table only).",
-        f"Each is the mean of {c.draws} draws of {c.compared} images of both sides. The held-out ones are {c.pixels}; "
-        "the floor is their distance from others of them. +- holds at least 95 % of sets with other seeds. A spread "
-        "below 1 makes a set of few images seem nearer than it is.",
-        *aligned(head, body),
+        f"Means of {c.draws} draws of {c.compared} images of both sides, without what few images add; the first row is "
+        f"of held-out images and others of them. The held-out ones are {c.pixels}. +- holds at least 95 % of sets with "
+        "other seeds.",
+        *aligned(head, [_set(one) for one in (c.chance, *c.sets)]),
     ]
 
 
-def _set(one: Set, floor: bool = False) -> list[str]:
+def _set(one: Set) -> list[str]:
     s = one.settings
     settings = ["", "", "", ""]
     if s is not None:
@@ -102,8 +89,7 @@ def _set(one: Set, floor: bool = False) -> list[str]:
         *settings,
         str(one.images),
         f"{one.distance:.4f}",
-        "" if floor else f"{one.over_floor:+.4f}",
-        "" if floor else f"+- {one.margin:.4f}",
+        f"+- {one.margin:.4f}",
         "" if one.spread is None else f"{one.spread:.2f}",
     ]
 
