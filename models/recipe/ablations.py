@@ -33,9 +33,9 @@ from script import run
 
 from par_calibration.errors import CalibrationError
 from par_calibration.evaluate.distances import LEAST
-from par_calibration.evaluate.images import Labels, Pixels, Sets
-from par_calibration.evaluate.result import Set
+from par_calibration.evaluate.images import Labels, Sets
 from par_calibration.evaluate.sheet import write_rows
+from par_calibration.pictures import Pixels
 from par_calibration.report.frechet import Double
 from par_calibration.report.measures import interval
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
@@ -82,7 +82,6 @@ class Row:
     low: float | None
     high: float | None
     first: float  #: nats per token of the first n tokens
-    compared: Set | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,11 +118,10 @@ def work(args: argparse.Namespace) -> int:
     images, labels = read_unseen(args, bundle)
     if bundle.image_size is None or "encoder" not in bundle.graphs:
         raise InputError(f"{args.bundle}: has no encoder, whose features are compared; give a bundle that has one")
-    enough = LEAST
-    if len(images) < enough or args.generated * bundle.n_classes < enough:
+    if min(len(images), args.generated * bundle.n_classes) < LEAST:
         raise InputError(
             f"{len(images)} held-out images and --generated {args.generated} of {bundle.n_classes} classes: a distance "
-            f"takes {enough} images of both; give more"
+            f"takes {LEAST} images of both; give more"
         )
     models = [(path.resolve().parent.name, opened(path, bundle)) for path in args.models]
     if args.sheet is not None:
@@ -150,7 +148,7 @@ def work(args: argparse.Namespace) -> int:
             ablated = (config.order, config.sequential_initial, config.causal_groups)
             mean, initial = float(nats.mean()), float(each[:, : config.group_size].mean())
             facts = (name, config.group_size, *ablated, calls, len(nats))
-            rows.append(Row(*facts, mean, change, low, high, initial, None))
+            rows.append(Row(*facts, mean, change, low, high, initial))
             print(f"{name}: {mean:.3f} nats per token", flush=True)
     write(args, rows, sets)
     return 0
@@ -207,11 +205,11 @@ def generated(
 def write(args: argparse.Namespace, rows: Sequence[Row], sets: Sets) -> None:
     """Print the table, and write the files. Raises OSError."""
     found = sets.comparison(args.seed)
+    assert found is not None  # there are enough images
     body = []
     lines = []
-    for i, row in enumerate(rows):
-        one = None if found is None else found.sets[i]
-        lines.append(json.dumps(asdict(row) | {"compared": None if one is None else asdict(one)}) + "\n")
+    for row, one in zip(rows, found.sets, strict=True):
+        lines.append(json.dumps(asdict(row) | {"compared": asdict(one)}) + "\n")
         body.append(
             [
                 row.name,
@@ -219,14 +217,13 @@ def write(args: argparse.Namespace, rows: Sequence[Row], sets: Sets) -> None:
                 f"{row.nats:.3f}",
                 "" if row.change is None else f"{row.change:+.3f} ({row.low:+.3f} .. {row.high:+.3f})",
                 f"{row.first:.3f}",
-                "" if one is None else f"{one.distance:.4f} +- {one.margin:.4f}",
-                "" if one is None or one.spread is None else f"{one.spread:.2f}",
+                f"{one.distance:.4f} +- {one.margin:.4f}",
+                "" if one.spread is None else f"{one.spread:.2f}",
             ]
         )
     print("\n".join(aligned(["model", "calls", "nats", "change", "first", "distance", "spread"], body)))
-    if found is not None:
-        sizes = f"{found.compared} images of each side, {found.held_out} held-out images"
-        print(f"held-out images from others of them {found.chance.distance:.4f}, {sizes}")
+    sizes = f"{found.compared} images of each side, {found.held_out} held-out images"
+    print(f"held-out images from others of them {found.chance.distance:.4f}, {sizes}")
     with written_beside(args.out) as part:
         part.write_text("".join(lines))
     if args.sheet is not None:

@@ -16,7 +16,11 @@ def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
     Infinite where they are equal. JSON cannot hold that; :func:`finite` turns it into null.
     """
-    squared = float(((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean())
+    return decibels(float(((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean()))
+
+
+def decibels(squared: float) -> float:
+    """The PSNR in dB of uint8 images whose mean squared difference is ``squared``; infinite where it is 0."""
     return math.inf if squared == 0 else 10 * math.log10(255**2 / squared)
 
 

@@ -12,7 +12,7 @@ from evaluating import NAMES, TINY, doctored, evaluated, samples, sheet_rows, sh
 from recipe_scripts import raw_folder
 
 from par_calibration.evaluate import distances
-from par_calibration.evaluate.run import about_samples, of_samples, settings_of
+from par_calibration.evaluate.samples import about_samples, of_samples, settings_of
 from par_runtime import Pipeline, Settings
 from par_runtime.errors import RequestError
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from par_calibration.evaluate.distances import DRAWS, LEAST, Features, distances, drawn_size, spread
 from par_calibration.evaluate.result import Comparison, Set
+from par_calibration.pictures import Pixels
 from par_calibration.report import frechet
 from par_calibration.report.frechet import Double
 from par_runtime.bundle import Bundle
@@ -16,7 +17,6 @@ from par_runtime.checked import shown_path
 from par_runtime.errors import RequestError
 from par_runtime.request import Settings
 
-Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 Some = Iterable[tuple[Pixels, Labels]]  #: images [m,H,W,3], or clips [m,T,H,W,3], and their classes [m]; some at a time
 

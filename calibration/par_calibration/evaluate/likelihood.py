@@ -14,6 +14,7 @@ from par_calibration.report.frechet import Double
 from par_calibration.report.measures import interval
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
+from par_runtime.known import raster_array
 from par_runtime.pipeline import Pipeline
 from par_runtime.progress import OnStep
 from par_runtime.request import classes
@@ -44,8 +45,6 @@ def scored(pipeline: Pipeline, name: str, held: HeldOut, seed: int, on_image: On
     names = class_names(bundle)
     labels = np.array(held.labels)
     where = positions_of(bundle)
-    raster = np.empty_like(held.tokens)
-    raster[:, list(bundle.order)] = held.tokens
     found = Likelihood(
         bundle=name,
         n=bundle.group_size,
@@ -60,7 +59,7 @@ def scored(pipeline: Pipeline, name: str, held: HeldOut, seed: int, on_image: On
         phases={p.name: float(nats[:, where[p.name]].mean()) for p in bundle.phases if p.name in where},
         classes={names[label]: float(of_image[labels == label].mean()) for label in sorted(set(held.labels))},
     )
-    return Scored(found, of_image, raster, held.labels)
+    return Scored(found, of_image, raster_array(bundle, held.tokens), held.labels)
 
 
 def class_names(bundle: Bundle) -> list[str]:
@@ -92,7 +91,6 @@ def same_images(one: Scored, other: Scored) -> bool:
     """Whether both are of the same codes and classes, in the same order."""
     return (
         one.labels == other.labels
-        and one.raster.shape == other.raster.shape
-        and bool((one.raster == other.raster).all())
         and one.likelihood.codes == other.likelihood.codes
+        and np.array_equal(one.raster, other.raster)
     )

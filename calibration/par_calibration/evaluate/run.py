@@ -14,25 +14,22 @@ from typing import Any
 import numpy as np
 
 from par_calibration.evaluate.distances import LEAST
-from par_calibration.evaluate.images import Labels, Pixels, Sets, Some, of_classes
+from par_calibration.evaluate.images import Labels, Sets, Some, of_classes
 from par_calibration.evaluate.likelihood import Scored, beside_the_first, scored
 from par_calibration.evaluate.result import Evaluation, Kept
+from par_calibration.evaluate.samples import about_samples, chosen_samples, of_samples, settings_of
 from par_calibration.heldout import HeldOut, find, from_pictures
-from par_calibration.pictures import Pictures, find_pictures, turns
+from par_calibration.pictures import Pictures, Pixels, find_pictures, turns
 from par_calibration.report.options import Options
 from par_runtime.arguments import file_name, function, whole
-from par_runtime.backends.base import image_shape
 from par_runtime.bundle import HELDOUT, Bundle
 from par_runtime.checked import shown_path
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
+from par_runtime.metrics import decibels
 from par_runtime.pipeline import Pipeline
 from par_runtime.progress import OnStep
 from par_runtime.request import SEED_LIMIT, Settings, class_indices, image_settings, in_words
-from par_runtime.samples import open_images
-from par_runtime.samples.file import IMAGES
-from par_runtime.samples.plan import classes_of
-from par_runtime.samples.reading import read_about, read_array
 from par_runtime.tokenizer import chunk_images
 
 MOST_ROWS = 64  #: of bundles times settings: every option takes a list, and their combinations are many
@@ -316,7 +313,7 @@ def kept(pipeline: Pipeline, name: str, images: Some, tokens: Int) -> Kept:
         again = pipeline.decode(tokens[count : count + len(some)])
         wrong += float(((again.astype(np.float64) - some) ** 2).sum())
         numbers, count = numbers + some.size, count + len(some)
-    return Kept(name, count, None if wrong == 0 else float(10 * np.log10(255**2 * numbers / wrong)), float(used.mean()))
+    return Kept(name, count, None if wrong == 0 else decibels(wrong / numbers), float(used.mean()))
 
 
 def decoded(pipeline: Pipeline, held: HeldOut) -> Iterator[tuple[Pixels, Labels]]:
@@ -341,68 +338,3 @@ def check_alike(one: Bundle, other: Bundle) -> None:
                 f"{other.path}: is of other images than {one.path} ({what}: {difference}); give bundles of the same "
                 "classes and sizes"
             )
-
-
-def about_samples(path: Path, bundle: Bundle, wanted: frozenset[int]) -> dict[str, Any]:
-    """What samples say about themselves, checked against ``bundle`` and the classes that are ``wanted`` (none: all).
-
-    Raises RequestError, OSError.
-    """
-    about = read_about(path)
-    open_images(path)
-    if bundle.image_size is not None and about["shape"] != list(image_shape(bundle)):
-        raise RequestError(
-            f"--samples {path}: images of shape {about['shape']}; {bundle.path} makes {list(image_shape(bundle))}: "
-            "give files that were made without --size"
-        )
-    if about["classes"] != bundle.n_classes:
-        raise RequestError(
-            f"--samples {path}: of a bundle of {about['classes']} classes; {bundle.path} has {bundle.n_classes}: give "
-            "files of bundles like it"
-        )
-    chosen = chosen_samples(about, wanted)
-    if wanted and not chosen:
-        raise RequestError(f"--samples {path}: holds no images of these classes; give others with --label")
-    if chosen < LEAST:
-        raise RequestError(f"--samples {path}: holds {chosen} images; expected {LEAST} or more, which a distance takes")
-    return about
-
-
-def chosen_samples(about: dict[str, Any], wanted: frozenset[int]) -> int:
-    """How many samples are of the classes that are ``wanted`` (none: all)."""
-    labels = sample_classes(about)
-    return int(np.isin(labels, list(wanted)).sum()) if wanted else len(labels)
-
-
-def sample_classes(about: dict[str, Any]) -> Labels:
-    """The classes [M] of samples, by what they say about themselves."""
-    numbers = range(about["start"], about["stop"])
-    return np.array(classes_of(about["labels"], about["classes"], about["seed"], numbers), np.int64)
-
-
-def of_samples(path: Path, about: dict[str, Any]) -> Iterator[tuple[Pixels, Labels]]:
-    """The images of a file of ``parvis sample``, read and not mapped, so that one that is cut off is an error and no
-    signal; their checksum is tested. Raises RequestError, OSError.
-    """
-    if read_about(path) != about:
-        raise RequestError(
-            f"--samples {path}: is another file than before; leave it alone until the end, and run again"
-        )
-    labels, shape = sample_classes(about), tuple(about["shape"])
-    left, first, size = b"", 0, math.prod(shape)
-    for block in read_array(path, IMAGES, "|u1", (len(labels), *shape)):
-        left += block
-        whole_ones = len(left) // size
-        if whole_ones:
-            images = np.frombuffer(left[: whole_ones * size], np.uint8).reshape(-1, *shape)
-            yield images, labels[first : first + whole_ones]
-            left, first = left[whole_ones * size :], first + whole_ones
-
-
-def settings_of(about: dict[str, Any], bundle: Bundle) -> Settings | None:
-    """The settings of samples, as far as they are ones; ``bundle``: any."""
-    known = about.get("settings")
-    try:
-        return image_settings(bundle, 1, Settings(**known))[0] if isinstance(known, dict) else None
-    except (TypeError, RequestError):
-        return None

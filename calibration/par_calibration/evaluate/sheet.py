@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from par_calibration.evaluate.images import Pixels
+from par_calibration.pictures import Pixels
 from par_runtime.errors import RequestError
 from par_runtime.images.png import check_sheet, sheet, write_pixels
 

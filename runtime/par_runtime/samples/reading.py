@@ -79,6 +79,21 @@ def read_array(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Ite
             yield block
 
 
+def read_images(path: Path, about: dict[str, Any]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The images [m,H,W,3] of the samples at ``path`` (of clips [m,T,H,W,3]), some at a time, with the number in the
+    file of the first of them; before the last ones come, the checksum of all was tested. ``about``: what they say about
+    themselves. Raises RequestError, OSError.
+    """
+    shape = tuple(about["shape"])
+    left, first, size = b"", 0, math.prod(shape)
+    for block in read_array(path, IMAGES, "|u1", (about["stop"] - about["start"], *shape)):
+        left += block
+        images = len(left) // size
+        if images:
+            yield first, np.frombuffer(left[: images * size], np.uint8).reshape(-1, *shape)
+            left, first = left[images * size :], first + images
+
+
 def open_images(path: str | Path) -> NDArray[np.uint8]:
     """The images [M,H,W,3] uint8 of the samples at ``path`` (of clips [M,T,H,W,3]), which are read from the disk where
     they are used. Their checksum is not tested. Raises RequestError, OSError.

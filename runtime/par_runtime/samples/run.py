@@ -17,9 +17,9 @@ from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import several
-from par_runtime.samples.file import BLOCK, IMAGES, SampleFile, open_samples
+from par_runtime.samples.file import BLOCK, SampleFile, open_samples
 from par_runtime.samples.plan import Plan, classes_of
-from par_runtime.samples.reading import checked_part, read_about, read_array
+from par_runtime.samples.reading import checked_part, read_about, read_images
 from par_runtime.samples.resize import bicubic
 
 OnImages = Callable[[int, int], None]  #: images that are there, and all of the file
@@ -131,16 +131,10 @@ def joined_about(abouts: Sequence[tuple[About, Path]]) -> About:
 
 def _copy(path: Path, about: About, file: SampleFile, on_images: OnImages | None) -> None:
     """Append those images of the part at ``path`` that are not there yet."""
-    left, shape = b"", (about["stop"] - about["start"], *about["shape"])
-    number, size = about["start"], file.image_bytes
-    for data in read_array(path, IMAGES, "|u1", shape):
-        left += data
-        images = len(left) // size
-        new = max(0, file.done - number)  # those before are there
-        if new < images:
-            block = np.frombuffer(left[new * size : images * size], np.uint8).reshape(-1, *shape[1:])
-            _append(file, block, on_images)
-        left, number = left[images * size :], number + images
+    for first, images in read_images(path, about):
+        new = max(0, file.done - about["start"] - first)  # those before are there
+        if new < len(images):
+            _append(file, images[new:], on_images)
 
 
 def _append(file: SampleFile, images: NDArray[np.uint8], on_images: OnImages | None) -> None:
